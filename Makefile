@@ -38,23 +38,28 @@ clean: ## removes all that these commands made
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Three stamps. `made` is missing while something is being installed, so that whatever breaks off is begun
-# afresh: an installation that was killed halfway looks whole to pip.
-.venv/made:
+# afresh: an installation that was killed halfway looks whole to pip. So is one whose Python has gone.
+.venv/made: .venv/bin/python
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "hyperhive needs Python 3.11 or newer: make PYTHON=/path/to/python3"; exit 1; }
 	@$(APT) $(PYTHON) -c 'import ensurepip' 2>/dev/null || apt python3-venv || \
 		{ echo "$(PYTHON) can't make a virtual environment: on Debian, install python3-venv"; exit 1; }
-	$(PYTHON) -m venv --clear .venv
+	@echo 'making .venv'
+	@$(PYTHON) -m venv --clear .venv
 	@touch $@
+
+.venv/bin/python: ;
 
 .venv/run: pyproject.toml .venv/made
 	@rm .venv/made
-	$(PIP) $$($(PINS))
+	@echo 'installing bottle and waitress into .venv'
+	@$(PIP) $$($(PINS))
 	@touch .venv/made $@
 
 .venv/test: tests/constraints.txt .venv/run
 	@rm .venv/made
-	$(PIP) --constraint tests/constraints.txt $$($(PINS) test)
+	@echo 'installing the packages of the tests into .venv'
+	@$(PIP) --constraint tests/constraints.txt $$($(PINS) test)
 	@touch .venv/made .venv/run $@
 
 # npm writes this file last.
@@ -62,6 +67,6 @@ tests/node_modules/.package-lock.json: tests/package.json tests/package-lock.jso
 	@if command -v npm >/dev/null; then echo 'npm ci'; cd tests && npm ci; fi
 
 system:
-	@$(APT) for tool in $(TOOLS); do \
+	@$(APT) missing=; for tool in $(TOOLS); do \
 		command -v $$tool >/dev/null || apt $$tool || missing="$$missing $$tool"; \
 	done; [ -z "$$missing" ] || echo "not installed:$$missing (the tests that need it are skipped)"

@@ -1,0 +1,263 @@
+"""The real daemon as a process, and clients for each of its doors, for tests of any part.
+
+    with Hive(folder) as hive:
+        hive.ask(cmd="list")                                   # host.sock: connect, one line, one answer
+        hive.api("GET", "/api/state").body["agents"]           # the dashboard's JSON, with the operator's token
+        hive.cli("send", "alice", "hello")                     # the command line
+        with hive.agent("alice") as alice:                     # an agent's socket, which stays open
+            alice.ask("lease", wait_s=0)
+
+A test that wants no more than a running hive takes the fixture `hive`. A hive outlives `stop()` and `kill()`:
+`start()` runs the daemon again on the same folder.
+"""
+
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+HYPERHIVE = [sys.executable, str(ROOT / "hyperhive.py")]
+REHEARSAL = f"'{sys.executable}' '{ROOT / 'harness.py'}' rehearsal"
+AGENT_PORTS = 900  # an agent's port is agent_port_base plus a number below this, taken from its name
+
+
+def wait_for(look: Callable[[], Any], what: str, *, timeout_s: float = 15) -> Any:
+    """The first true answer of `look`, which is asked twenty times a second."""
+    deadline = time.monotonic() + timeout_s
+    while not (seen := look()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout_s} s for {what}")
+        time.sleep(0.05)
+    return seen
+
+
+def free_ports(count: int = 1) -> int:
+    """The first of `count` neighbouring ports that nothing uses.
+
+    They lie below the range from which the kernel gives ports to outgoing connections, and are drawn by
+    chance, so that two runs on one machine seldom meet.
+    """
+    used = {connection.laddr.port for connection in psutil.net_connections("tcp")}
+    while True:
+        first = random.randrange(12_000, 32_000 - count)
+        if used.isdisjoint(range(first, first + count)):
+            return first
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """The living processes, children or not, whose environment names `folder`: a daemon's and its agents' do.
+
+    A folder's name is a test's own, so this finds what was started for the test and has left its parent.
+    """
+    return [process for process in psutil.process_iter() if process.pid != os.getpid() and mentions(process, folder)]
+
+
+def mentions(process: psutil.Process, folder: Path) -> bool:
+    try:
+        named = any(str(folder) in value for value in process.environ().values())
+        return named and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """Kill these and wait until they are gone. psutil knows a process by pid and start, so a reused pid is safe."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=5)
+
+
+def toml(settings: dict[str, Any]) -> str:
+    """TOML for plain values and one level of tables, for which JSON's notation of a value is TOML's as well."""
+    tables = {name: table for name, table in settings.items() if isinstance(table, dict)}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if key not in tables]
+    return "\n".join([*lines, *(f"\n[{name}]\n{toml(table)}" for name, table in tables.items()), ""])
+
+
+class Line:
+    """One connection to a unix socket on which JSON objects go both ways, one a line."""
+
+    def __init__(self, path: Path, *, timeout_s: float = 30) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(timeout_s)
+        self.socket.connect(str(path))
+        self.file = self.socket.makefile("rwb")
+
+    def write(self, line: bytes) -> None:
+        self.file.write(line)
+        self.file.flush()
+
+    def read(self) -> dict[str, Any] | None:
+        """The next answer; None when the other end has closed."""
+        line = self.file.readline()
+        return json.loads(line) if line else None
+
+    def ask(self, cmd: str, **fields: Any) -> dict[str, Any]:
+        self.write(json.dumps({"cmd": cmd, **fields}).encode() + b"\n")
+        answer = self.read()
+        assert answer is not None, f"the connection was closed instead of an answer to {cmd}"
+        return answer
+
+    def close(self) -> None:
+        self.file.close()
+        self.socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: Any  # parsed where it is JSON, else text
+
+
+class Hive:
+    """One hive below `folder`, with `process` containers and Claude played by the rehearsal.
+
+    `settings` are those of the config file; a table is a dict: `Hive(folder, limits={"unread": 3})`.
+    The manager is not started by itself, so that a test has only the agents it asks for.
+    """
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.folder = folder / "hive"
+        self.folder.mkdir(parents=True)
+        self.state, self.run = self.folder / "state", self.folder / "run"
+        self.port = free_ports()
+        self.config = self.folder / "config.toml"
+        self.configure(
+            claude=REHEARSAL,
+            manager_autostart=False,
+            manager_port=free_ports(),
+            agent_port_base=free_ports(AGENT_PORTS),
+            **settings,
+        )
+        self.log = self.folder / "daemon.log"
+        self.daemon: subprocess.Popen[bytes] | None = None
+
+    def configure(self, **settings: Any) -> None:
+        """Write the config file, which the next `start()` reads; what is not named keeps its value."""
+        self.settings = {**getattr(self, "settings", {}), **settings}
+        self.config.write_text(toml(self.settings))
+
+    # ── life ──
+
+    def start(self) -> Self:
+        assert self.daemon is None, "this hive runs already"
+        command = [*HYPERHIVE, "serve", "--dir", self.folder, "--port", str(self.port), "--containers", "process"]
+        with self.log.open("ab") as log:
+            self.daemon = subprocess.Popen(
+                [*command, "--config", self.config], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        try:
+            wait_for(self.is_ready, "the daemon to answer /healthz")
+        except BaseException:
+            self.kill()
+            self.close()
+            raise
+        return self
+
+    def is_ready(self) -> bool:
+        if self.daemon is None or self.daemon.poll() is not None:
+            raise RuntimeError(f"the daemon ended with status {self.daemon and self.daemon.returncode}")
+        try:
+            return self.api("GET", "/healthz", token=None).status == 200
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        """SIGTERM: a clean stop ends with status 0."""
+        daemon = self._gone()
+        daemon.send_signal(signal.SIGTERM)
+        try:
+            status = daemon.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+            raise
+        assert status == 0, f"the daemon ended with status {status}; its log:\n{self.log.read_text()[-4000:]}"
+
+    def kill(self) -> None:
+        """SIGKILL: the daemon alone, as a crash would; its agents go on as they may."""
+        daemon = self._gone()
+        daemon.kill()
+        daemon.wait()
+
+    def _gone(self) -> subprocess.Popen[bytes]:
+        assert self.daemon is not None, "this hive does not run"
+        daemon, self.daemon = self.daemon, None
+        return daemon
+
+    def close(self) -> None:
+        """End of the test: a clean stop, or, where the daemon was killed, an end to what it had no chance to end."""
+        if self.daemon is not None:
+            self.stop()
+        else:
+            end(processes_of(self.folder))
+            for path in self.run.rglob("*.sock"):
+                path.unlink()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ── doors ──
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def token(self) -> str:
+        return (self.state / "operator.token").read_text().strip()
+
+    def api(
+        self, method: str, path: str, body: Any = None, *, token: str | None = "", headers: dict[str, str] | None = None
+    ) -> Answer:
+        """One HTTP request, with the operator's token unless another or None is given."""
+        send = {"Content-Type": "application/json"} if body is not None else {}
+        if token is not None:
+            send["Authorization"] = f"Bearer {token or self.token}"
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), {**send, **(headers or {})})
+            response = connection.getresponse()
+            text = response.read().decode()
+        finally:
+            connection.close()
+        is_json = response.headers.get_content_type() == "application/json"
+        return Answer(response.status, response.headers, json.loads(text) if is_json else text)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """One request on host.sock: `hive.ask(cmd="pending")`."""
+        with Line(self.run / "host.sock") as line:
+            return line.ask(**request)
+
+    def agent(self, name: str) -> Line:
+        """A connection to an agent's socket, as that agent."""
+        return Line(self.run / "agents" / name / "hive.sock")
+
+    def cli(self, *args: str, stdin: str = "", timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*HYPERHIVE, "--dir", str(self.folder), *args],
+            input=stdin, capture_output=True, text=True, timeout=timeout_s,
+        )  # fmt: skip
