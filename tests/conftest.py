@@ -14,13 +14,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hive import ROOT, Hive, end, processes_of
+from hive import ROOT, Hive, end, is_alive, processes_of
 
 CLAUDE = ROOT / "tests/node_modules/.bin/claude"
 
 # Programs that a CI machine can't have, so that there a test may be skipped for want of them. For want of any
 # other the skip is a failure: an installation step is missing, and a green run would hide it.
-NOT_IN_CI = ("nix", "nixos-container", "systemd-nspawn")
+NOT_IN_CI = ("nix", "nixos-container")
 
 
 # ── skips and reports ──
@@ -98,16 +98,15 @@ def left_behind(
         **{f"process {describe(process)}": partial(end, [process]) for process in new},
         **{f"thread {thread.name}": thread.is_alive for thread in set(threading.enumerate()) - threads},
         **{f"mount {path}": partial(unmount, path) for path in mounts_below(places)},
-        **{f"socket {path}": path.unlink for top in places for path in top.rglob("*") if path.is_socket()},
+        **{f"socket {path}": partial(path.unlink, missing_ok=True) for path in sockets_below(places)},
     }
 
 
 def descendants(processes: set[psutil.Process]) -> Iterator[psutil.Process]:
     """These and all below them that live; one that ended and was not waited for has left nothing."""
-    for process in processes:
+    for process in filter(is_alive, processes):
         with suppress(psutil.NoSuchProcess):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                yield from [process, *process.children(recursive=True)]
+            yield from filter(is_alive, [process, *process.children(recursive=True)])
 
 
 def describe(process: psutil.Process) -> str:
@@ -120,6 +119,11 @@ def mounts_below(places: list[Path]) -> list[str]:
     """Mount points in or on these places, the innermost first."""
     points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     return [point for point in reversed(points) if any(Path(point).is_relative_to(place) for place in places)]
+
+
+def sockets_below(places: list[Path]) -> list[Path]:
+    files = [Path(folder) / name for place in places for folder, _, names in os.walk(place) for name in names]
+    return [file for file in files if file.is_socket()]
 
 
 def unmount(path: str) -> None:

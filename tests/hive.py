@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -65,20 +66,25 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 def mentions(process: psutil.Process, folder: Path) -> bool:
     try:
-        named = any(str(folder) in value for value in process.environ().values())
-        return named and process.status() != psutil.STATUS_ZOMBIE
+        return any(str(folder) in value for value in process.environ().values()) and is_alive(process)
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """One that has ended and only waits to be reaped is not: in a container, pid 1 can take seconds to do that."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def end(processes: list[psutil.Process]) -> None:
-    """Kill these and wait until they are gone. psutil knows a process by pid and start, so a reused pid is safe."""
+    """Kill these and wait for it. psutil knows a process by pid and start, so a pid that was reused is safe."""
     for process in processes:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=5)
+    wait_for(lambda: not any(is_alive(process) for process in processes), f"the end of {processes}")
 
 
 def toml(settings: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import psutil
-from hive import ROOT
+from hive import ROOT, is_alive
 
 LEAVERS = """
 def test_process(folder): test_process.it = subprocess.Popen(['sleep', '60'])
@@ -64,7 +64,7 @@ def test_what_a_test_leaves_fails_it_and_is_ended(folder: Path) -> None:
     assert left.keys() == {"process", "orphan", "daemon", "thread", "socket", *mount}, out
     pids = [int(pid) for found in left.values() for pid in re.findall(r"process (\d+)", found)]
     assert len(pids) == 3, out
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not any(psutil.pid_exists(pid) and is_alive(psutil.Process(pid)) for pid in pids)
     assert str(folder) not in Path("/proc/self/mountinfo").read_text()
 
 
