@@ -7,14 +7,17 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
 from hive import ROOT, Hive, end, is_alive, processes_of
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 CLAUDE = ROOT / "tests/node_modules/.bin/claude"
 
@@ -34,7 +37,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Function) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = refuse_skip((yield))
     if report.failed and (place := item.funcargs.get("folder")):
         logs = sorted(place.rglob("*.log")) if place.exists() else []
@@ -43,13 +46,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     return refuse_skip((yield))
 
 
-def refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> pytest.TestReport | pytest.CollectReport:
+def refuse_skip(report: Report) -> Report:
     if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
-        reason = str(report.longrepr[2])
+        _, _, reason = report.longrepr
         if not reason.startswith(tuple(f"Skipped: needs {program}," for program in NOT_IN_CI)):
             report.outcome = "failed"
             report.longrepr = f"{reason}\nCI must be able to run this: see NOT_IN_CI in tests/conftest.py"

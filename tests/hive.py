@@ -167,10 +167,10 @@ class Hive:
 
     def start(self) -> Self:
         assert self.daemon is None, "this hive runs already"
-        command = [*HYPERHIVE, "serve", "--dir", self.folder, "--port", str(self.port), "--containers", "process"]
+        options = ["--dir", self.folder, "--port", str(self.port), "--containers", "process", "--config", self.config]
         with self.log.open("ab") as log:
             self.daemon = subprocess.Popen(
-                [*command, "--config", self.config], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*HYPERHIVE, "serve", *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         try:
             wait_for(self.is_ready, "the daemon to answer /healthz")
