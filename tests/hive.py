@@ -150,6 +150,7 @@ class Hive:
         self.config = self.folder / "config.toml"
         self.configure(
             claude=REHEARSAL,
+            rehearsal=True,
             manager_autostart=False,
             manager_port=free_ports(),
             agent_port_base=free_ports(AGENT_PORTS),
