@@ -1,0 +1,5755 @@
+#!/usr/bin/env python3
+"""hyperhive: a swarm of Claude Code agents on one machine, and the operator's gate in front of it.
+
+This file is the host's side: a daemon (`serve`), a web dashboard, and the command line that talks to
+the daemon. `harness.py` is the other side; one copy runs beside each agent and turns mail into turns.
+It is one file because it is an appliance: copy it, read it from top to bottom, run it.
+
+Who is trusted with what (each line is enforced in the room named behind it):
+
+* the operator holds the dashboard's token or may open `host.sock`: everything       (Sockets, Dashboard)
+* an agent is known by the socket it speaks on, never by what it says                (Sockets)
+* the manager, the agent of that name, may ask for changes; it approves nothing      (Approvals)
+* the host opens no path that an agent can write, and runs git only in repositories
+  that it made itself; what an agent hands over comes through its socket             (Config repositories)
+* what comes from outside is parsed into typed values once, and refused with a reason (Boundary parsing)
+
+Rooms, top to bottom; each uses only those above it:
+
+    Constants and configuration · Errors · Types · Boundary parsing · Processes · Storage · Broker ·
+    Config repositories · Approvals · Containers · Agents · Deploys · Views · Live · Sockets ·
+    Dashboard · Daemon · Command line
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import contextlib
+import dataclasses
+import datetime
+import enum
+import errno
+import fcntl
+import functools
+import grp
+import hashlib
+import hmac
+import json
+import logging
+import os
+import queue
+import re
+import secrets
+import select
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+import typing
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Constants and configuration
+# ──────────────────────────────────────────────────────────────────────────────
+# Every path and every limit comes from `Config`: tests and `demo` run beside a real hive.
+
+VERSION: Final = "0.1.0"
+PROTOCOL: Final = 1
+HERE: Final = Path(__file__).resolve().parent
+
+MANAGER: Final = "manager"
+OPERATOR: Final = "operator"
+SYSTEM: Final = "system"
+EVERYONE: Final = "*"
+RESERVED_NAMES: Final = frozenset({"operator", "system", "all", "host", "hive", "self", "reminder"})
+NAME_MAX: Final = 9  # `nixos-container create` refuses more than 11 characters, and we add `h-`
+
+SOCKET_PATH_MAX: Final = 107  # sun_path without its final NUL
+BIND_TRIES: Final = 12  # after the first: 0.5 + 1 + 10 × 2 s, about 22 s
+BIND_WAIT_MAX_S: Final = 2.0
+TICK_S: Final = 0.25
+EVENTS_KEPT: Final = 2000  # of each agent, for the dashboard
+LOG_LINES_MAX: Final = 1000
+CRASH_WINDOW_MS: Final = 600_000
+DAY_MS: Final = 86_400_000
+
+AGENT_TEMPLATE: Final = """\
+# The NixOS configuration of this agent's container. Changes go through the operator:
+# edit a checkout, commit, and ask with request_apply_commit.
+{ pkgs, ... }:
+{
+  # Programs that Claude's shell finds on its PATH.
+  environment.systemPackages = with pkgs; [
+    git
+    ripgrep
+  ];
+}
+"""
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+log = logging.getLogger("hyperhive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What an agent may use up. Zero turns a limit off where that makes sense (the rates)."""
+
+    body_bytes: int = 64 * 1024
+    line_bytes: int = 1024 * 1024
+    bundle_line_bytes: int = 8 * 1024 * 1024
+    connections: int = 32
+    unread: int = 1000
+    messages_per_minute: int = 60
+    message_burst: int = 30
+    reminders: int = 50
+    questions: int = 16
+    pending_approvals: int = 20
+    attempts: int = 5
+    ping_pong: int = 40
+    ping_pong_s: int = 600
+    config_files: int = 256
+    config_file_bytes: int = 1024 * 1024
+    crashes: int = 3
+    wrong_tokens_per_minute: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of one hive; `load_config` fills them from a TOML file and the command line."""
+
+    state_dir: Path = Path("/var/lib/hyperhive")
+    runtime_dir: Path = Path("/run/hyperhive")
+    listen_address: str = "127.0.0.1"
+    port: int = 7000
+    domains: tuple[str, ...] = ()
+    containers: str = ""
+    manager_autostart: bool = True
+    manager_port: int = 8000
+    agent_port_base: int = 8100
+    claude: str = "claude"
+    rehearsal: bool = False
+    model: str = ""
+    environment_file: str = ""
+    extra_prompt: str = ""
+    daily_budget_usd: float = 0.0
+    warm_s: float = 120.0
+    stall_s: float = 1800.0
+    hello_s: float = 60.0
+    admin_group: str = "hive-admin"
+    limits: Limits = dataclasses.field(default_factory=Limits)
+
+    @property
+    def host_socket(self) -> Path:
+        return self.runtime_dir / "host.sock"
+
+    @property
+    def database(self) -> Path:
+        return self.state_dir / "hive.sqlite"
+
+    @property
+    def token_file(self) -> Path:
+        return self.state_dir / "operator.token"
+
+    @property
+    def shared_dir(self) -> Path:
+        return self.state_dir / "shared"
+
+    @property
+    def operator_dir(self) -> Path:
+        return self.state_dir / "operator"
+
+    @property
+    def scratch_dir(self) -> Path:
+        return self.state_dir / "tmp"
+
+    def repository(self, name: str) -> Path:
+        return self.state_dir / "applied" / name
+
+    def agent_dir(self, name: str) -> Path:
+        return self.state_dir / "agents" / name
+
+    def agent_runtime(self, name: str) -> Path:
+        return self.runtime_dir / "agents" / name
+
+    def agent_socket(self, name: str) -> Path:
+        return self.agent_runtime(name) / "hive.sock"
+
+    def agent_log(self, name: str) -> Path:
+        return self.state_dir / "logs" / f"{name}.log"
+
+    def port_of(self, name: str) -> int:
+        """The web page's port of an agent: from its name alone, so that it never moves."""
+        if name == MANAGER:
+            return self.manager_port
+        return self.agent_port_base + fnv1a32(name) % 900
+
+    @property
+    def home_url(self) -> str:
+        return f"http://{self.page_host}:{self.port}/"
+
+    @property
+    def page_host(self) -> str:
+        """The name under which a person reaches this machine's pages."""
+        if self.domains:
+            return self.domains[0]
+        if self.listen_address in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+            return socket.gethostname()
+        return f"[{self.listen_address}]" if ":" in self.listen_address else self.listen_address
+
+    @property
+    def known_hosts(self) -> tuple[str, ...]:
+        """Host names, without port, that a browser may name: all others are refused (DNS rebinding)."""
+        own = {"localhost", "127.0.0.1", "[::1]", socket.gethostname().lower(), self.page_host.lower()}
+        return tuple(sorted(own | {name.lower() for name in self.domains}))
+
+
+def fnv1a32(text: str) -> int:
+    """FNV-1a, 32 bit, of the text's UTF-8 (offset basis 2166136261, prime 16777619)."""
+    value = 0x811C9DC5
+    for byte in text.encode():
+        value = ((value ^ byte) * 0x01000193) & 0xFFFFFFFF
+    return value
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def rfc3339(at_ms: int) -> str:
+    """Milliseconds since 1970 as RFC 3339 in UTC, to the millisecond."""
+    moment = datetime.datetime.fromtimestamp(at_ms / 1000, datetime.UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def day_of(at_ms: int) -> str:
+    """The host's own calendar day: budgets follow the operator's clock, not UTC."""
+    return datetime.datetime.fromtimestamp(at_ms / 1000).astimezone().date().isoformat()
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Errors
+# ──────────────────────────────────────────────────────────────────────────────
+
+
+# code → HTTP status. The command line exits with 2 for `usage` and 1 for everything else.
+STATUS_OF: Final[Mapping[str, int]] = {
+    "usage": 400,
+    "bad_request": 400,
+    "bad_name": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "bad_host": 403,
+    "bad_origin": 403,
+    "unknown_agent": 404,
+    "unknown_verb": 404,
+    "not_found": 404,
+    "bad_method": 405,
+    "conflict": 409,
+    "port_taken": 409,
+    "stale": 409,
+    "too_large": 413,
+    "bad_type": 415,
+    "bad_config": 422,
+    "unsupported": 422,
+    "inbox_full": 429,
+    "too_many": 429,
+    "too_fast": 429,
+    "internal": 500,
+    "storage": 507,
+}
+
+
+class Refused(Exception):
+    """Something was asked that can't be done: a word for programs, a sentence and a hint for people."""
+
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.code, self.message, self.hint = code, message, hint
+
+    def as_json(self) -> Json:
+        return {"error": self.message, "code": self.code} | ({"hint": self.hint} if self.hint else {})
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Types
+# ──────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True)
+class Actor:
+    """Who did something, for the audit: a name, and the door that it came through."""
+
+    name: str
+    via: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.via})" if self.via else self.name
+
+
+SYSTEM_ACTOR: Final = Actor(SYSTEM)
+
+
+class MessageState(enum.StrEnum):
+    QUEUED = "queued"
+    LEASED = "leased"
+    ACKED = "acked"
+    DEAD = "dead"  # given back too often; the operator was told
+    CLOSED = "closed"  # its recipient was purged
+
+
+class Kind(enum.StrEnum):
+    SPAWN = "spawn"
+    APPLY = "apply_commit"
+    INPUTS = "update_inputs"
+    SCHEDULE = "schedule_prompt"
+
+
+class Status(enum.StrEnum):
+    PENDING = "pending"
+    APPROVED = "approved"
+    DENIED = "denied"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class Phase(enum.StrEnum):
+    QUEUED = "queued"
+    BUILDING = "building"
+    SWITCHING = "switching"
+    DEPLOYED = "deployed"
+    FAILED = "failed"
+
+
+class HarnessState(enum.StrEnum):
+    """What a harness says of itself; `offline` is the host's word for one that isn't connected."""
+
+    IDLE = "idle"
+    WORKING = "working"
+    SIGNING_IN = "signing_in"
+    NEEDS_LOGIN = "needs_login"
+    RATE_LIMITED = "rate_limited"
+    PAUSED = "paused"
+    FAILED = "failed"
+    OFFLINE = "offline"
+
+
+class Control(enum.StrEnum):
+    PAUSE = "pause"
+    RESUME = "resume"
+    INTERRUPT = "interrupt"
+    COMPACT = "compact"
+    NEW_SESSION = "new_session"
+    SET_MODEL = "set_model"
+    LOGIN_BEGIN = "login_begin"
+    LOGIN_FINISH = "login_finish"
+    LOGIN_CANCEL = "login_cancel"
+    SEND_HISTORY = "send_history"
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A message before the broker has numbered it."""
+
+    sender: str
+    to: str
+    body: str
+    in_reply_to: int | None = None
+    client_id: str | None = None
+    via: str | None = None
+    kind: str | None = None
+    data: Json | None = None
+
+
+def without_none(**fields: Any) -> Json:
+    """Optional fields are left out of an answer, never null."""
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def when(at_ms: int | None) -> str | None:
+    return None if at_ms is None else rfc3339(at_ms)
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Boundary parsing
+# ──────────────────────────────────────────────────────────────────────────────
+# A name never reaches a path or an argv unchecked; all doors use `check_name`.
+
+NAME_PATTERN: Final = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
+SHA_PATTERN: Final = re.compile(r"[0-9a-f]{40}")
+MISSING: Final[Any] = object()
+
+
+def check_name(value: object) -> str:
+    """An agent's name, or `Refused` saying which rule it breaks."""
+    if not isinstance(value, str):
+        raise Refused("bad_name", f"a name must be text, not {type(value).__name__}")
+    shown = repr(value[:40])
+    if len(value) > NAME_MAX:
+        raise Refused("bad_name", f"the name {shown} is too long: at most {NAME_MAX} characters")
+    if not NAME_PATTERN.fullmatch(value) or "--" in value:
+        raise Refused(
+            "bad_name",
+            f"{shown} is no agent name",
+            "lower-case letters, digits and single hyphens, beginning with a letter, not ending with a hyphen",
+        )
+    if value in RESERVED_NAMES:
+        raise Refused("bad_name", f"the name {shown} is reserved", "choose another name")
+    return value
+
+
+def check_address(value: object) -> str:
+    """Whom a message may go to: an agent, `operator`, or `*`."""
+    if value in (OPERATOR, EVERYONE):
+        return str(value)
+    if isinstance(value, str) and "@" in value:
+        hive = value.partition("@")[2]
+        raise Refused(
+            "not_found", f"there is no such hive: {hive[:40]!r}", "agents of this hive have no @ in their address"
+        )
+    return check_name(value)
+
+
+def check_sha(value: str) -> str:
+    if not SHA_PATTERN.fullmatch(value):
+        raise Refused("bad_request", f"{value[:50]!r} is no commit id", "give all 40 hexadecimal digits in lower case")
+    return value
+
+
+def parse_object(line: bytes | str, what: str = "the request") -> Json:
+    """One JSON object. Refuses what JSON allows and we can't store: lone surrogates, NaN, deep nesting."""
+    try:
+        value = json.loads(line, parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError, UnicodeError) as error:
+        raise Refused("bad_request", f"{what} is no JSON that we can read: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise Refused("bad_request", f"{what} must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON number")
+
+
+class Fields:
+    """Typed reading of one JSON object from outside.
+
+    Each getter names the field in its error. `done()` refuses keys that no getter asked for; call it
+    before anything is changed. With `strict=False` unknown keys are ignored (newer clients).
+    """
+
+    def __init__(self, data: Json, *, strict: bool = True) -> None:
+        self._data, self._strict = data, strict
+        self._asked: set[str] = {"cmd"}
+
+    def done(self) -> None:
+        unknown = sorted(set(self._data) - self._asked)
+        if unknown and self._strict:
+            known = ", ".join(sorted(self._asked - {"cmd"})) or "none"
+            raise Refused("bad_request", f"unknown field {unknown[0][:60]!r}", f"the fields here: {known}")
+
+    def has(self, key: str) -> bool:
+        self._asked.add(key)
+        return self._data.get(key) is not None
+
+    def _get(self, key: str, types: tuple[type, ...], word: str, default: Any) -> Any:
+        self._asked.add(key)
+        value = self._data.get(key)
+        if value is None:
+            if default is MISSING:
+                raise Refused("bad_request", f"the field {key!r} is missing", f"it must be {word}")
+            return default
+        # bool is an int in Python; in JSON it is not.
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise Refused("bad_request", f"the field {key!r} must be {word}, not {type(value).__name__}")
+        return value
+
+    def text(self, key: str, *, max_bytes: int = 4096, default: Any = MISSING, blank: bool = False) -> str:
+        value = self._get(key, (str,), "text", default)
+        if value is default:
+            return typing.cast(str, value)
+        size = len(value.encode())
+        if size > max_bytes:
+            raise Refused("too_large", f"the field {key!r} has {size} bytes; at most {max_bytes} are allowed")
+        if not blank and not value.strip():
+            raise Refused("bad_request", f"the field {key!r} is empty")
+        return typing.cast(str, value)
+
+    def integer(self, key: str, *, least: int = 0, most: int = 2**53, default: Any = MISSING) -> int:
+        value = self._get(key, (int,), "a whole number", default)
+        return typing.cast(int, value if value is default else self._in_range(key, value, least, most))
+
+    def number(self, key: str, *, least: float = 0, most: float = 1e15, default: Any = MISSING) -> float:
+        value = self._get(key, (int, float), "a number", default)
+        return typing.cast(float, value if value is default else self._in_range(key, value, least, most))
+
+    @staticmethod
+    def _in_range(key: str, value: Any, least: float, most: float) -> Any:
+        if not least <= value <= most:
+            raise Refused("bad_request", f"the field {key!r} is {value}; it must be from {least:g} to {most:g}")
+        return value
+
+    def flag(self, key: str, *, default: Any = False) -> bool:
+        return typing.cast(bool, self._get(key, (bool,), "true or false", default))
+
+    def mapping(self, key: str, *, default: Any = MISSING) -> Json:
+        return typing.cast(Json, self._get(key, (dict,), "an object", default))
+
+    def items(self, key: str, kind: type, *, most: int, default: Any = MISSING) -> list[Any]:
+        value = self._get(key, (list,), "a list", default)
+        if value is default:
+            return typing.cast(list[Any], value)
+        if len(value) > most:
+            raise Refused("bad_request", f"the field {key!r} has {len(value)} entries; at most {most} are allowed")
+        for entry in value:
+            if not isinstance(entry, kind) or (isinstance(entry, bool) and kind is not bool):
+                raise Refused(
+                    "bad_request", f"each entry of {key!r} must be of type {kind.__name__}, not {type(entry).__name__}"
+                )
+            if isinstance(entry, int) and not -(2**53) <= entry <= 2**53:
+                raise Refused("bad_request", f"an entry of {key!r} is out of range")
+        return typing.cast(list[Any], value)
+
+    def name(self, key: str = "name") -> str:
+        return check_name(self._get(key, (str,), "an agent's name", MISSING))
+
+    def address(self, key: str = "to", *, default: Any = MISSING) -> str:
+        value = self._get(key, (str,), "an address", default)
+        return check_address(value)
+
+    def moment(self, key: str, *, default: Any = MISSING) -> int:
+        """An RFC 3339 time with its offset, as milliseconds since 1970."""
+        text = self._get(key, (str,), "a time like 2030-01-31T08:00:00Z", default)
+        if text is default:
+            return typing.cast(int, text)
+        try:
+            moment = datetime.datetime.fromisoformat(text)
+            if moment.tzinfo is None:
+                raise ValueError("it has no offset")
+            return int(moment.timestamp() * 1000)
+        except (ValueError, OverflowError) as error:
+            raise Refused(
+                "bad_request", f"the field {key!r} is no time: {error}", "write it like 2030-01-31T08:00:00Z"
+            ) from None
+
+    def choice(self, key: str, choices: type[enum.StrEnum], *, default: Any = MISSING) -> Any:
+        value = self._get(key, (str,), "a word", default)
+        if value is default:
+            return value
+        try:
+            return choices(value)
+        except ValueError:
+            words = ", ".join(choices)
+            raise Refused("bad_request", f"the field {key!r} is {value[:40]!r}; it must be one of {words}") from None
+
+
+def load_config(file: str | None, **overrides: Any) -> Config:
+    """Settings from a TOML file, and what the command line says over them (None: not said)."""
+    table: Json = {}
+    if file:
+        try:
+            table = tomllib.loads(Path(file).read_text())
+        except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
+            raise Refused("usage", f"the settings in {file} can't be read: {error}") from None
+    table |= {key: value for key, value in overrides.items() if value is not None}
+    limits = _typed(Limits, table.pop("limits", {}), "[limits] ")
+    config = _typed(Config, table | {"limits": limits}, "")
+    if config.containers not in ("", "process"):
+        raise Refused("usage", f"containers = {config.containers!r} is not known", 'this version has "process"')
+    for name in (MANAGER, "n" * NAME_MAX):
+        if len(os.fsencode(config.agent_socket(name))) > SOCKET_PATH_MAX:
+            raise Refused(
+                "usage",
+                f"the socket path {config.agent_socket(name)} is longer than {SOCKET_PATH_MAX} bytes",
+                "choose a shorter runtime directory",
+            )
+    return config
+
+
+def _typed(cls: type[T], table: Json, where: str) -> T:
+    """A settings dataclass from a table; each value must have the type of the field's default."""
+    if not isinstance(table, dict):
+        raise Refused("usage", f"the setting {where.strip()} must be a table")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: Json = {}
+    for key, value in table.items():
+        if key not in fields:
+            raise Refused("usage", f"unknown setting {where}{key}", f"known: {', '.join(fields)}")
+        default = fields[key].default
+        if isinstance(default, Path):
+            value = Path(value).absolute() if isinstance(value, str | Path) else value
+        elif isinstance(default, tuple) and isinstance(value, list):
+            value = tuple(str(entry) for entry in value)
+        elif isinstance(default, float) and type(value) is int:
+            value = float(value)
+        expected = Limits if key == "limits" else (Path if isinstance(default, Path) else type(default))
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+            raise Refused(
+                "usage", f"the setting {where}{key} must be of type {expected.__name__}, not {type(value).__name__}"
+            )
+        values[key] = value
+    return cls(**values)
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Processes
+# ──────────────────────────────────────────────────────────────────────────────
+# The one door to child processes. Nothing inherits our environment: a child gets what its caller names.
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+    @property
+    def text(self) -> str:
+        return self.stdout.decode(errors="replace")
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    cwd: Path | None = None,
+    stdin: bytes | None = None,
+    timeout_s: float = 60.0,
+    accept: Iterable[int] = (0,),
+    max_bytes: int = 16 * 1024 * 1024,
+) -> Finished:
+    """Run a command to its end. `Refused` names it when it is missing, fails, hangs or says too much."""
+    shown = shlex.join(argv)
+    log.debug("run: %s", shown)
+    try:
+        child = subprocess.Popen(
+            argv,
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise Refused("internal", f"can't run {argv[0]}: {error.strerror}", "is it installed and on PATH?") from None
+    try:
+        stdout, stderr = child.communicate(stdin, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise Refused("internal", f"{shown} did not end within {timeout_s:g} s") from None
+    finally:
+        end_process(child)
+    if len(stdout) > max_bytes:
+        raise Refused("too_large", f"{argv[0]} printed more than {max_bytes} bytes")
+    if child.returncode not in accept:
+        tail = stderr.decode(errors="replace").strip()[-600:]
+        raise Refused("internal", f"{shown} failed with status {child.returncode}: {tail}")
+    return Finished(child.returncode, stdout, stderr)
+
+
+def end_process(child: subprocess.Popen[bytes], *, grace_s: float = 2.0) -> None:
+    """Terminate, wait, kill, reap: a no-op for a child that has ended."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    for pipe in (child.stdin, child.stdout, child.stderr):
+        if pipe:
+            pipe.close()
+
+
+def start_time_of(pid: int) -> int | None:
+    """Clock ticks since boot at which a process began: with its id it names one process for ever (proc(5))."""
+    try:
+        stat_line = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat_line.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else int(fields[19])
+
+
+def processes_with(marker: str) -> list[int]:
+    """Processes whose environment holds `marker` (KEY=value), as far as we may look."""
+    wanted, found = marker.encode(), []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+def port_holder(port: int) -> str:
+    """Who listens on a TCP port: ` by pid 12 (nginx)`, or nothing where it can't be found."""
+    inodes = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{fields[9]}]")
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and inodes:
+            with contextlib.suppress(OSError):
+                if any(str(fd.readlink()) in inodes for fd in (entry / "fd").iterdir()):
+                    return f" by pid {entry.name} ({(entry / 'comm').read_text().strip()})"
+    return ""
+
+
+def listen_on(address: str, port: int, cancelled: threading.Event) -> socket.socket:
+    """A listening TCP socket. A port in use is tried again for about 22 s: a predecessor may be leaving."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    wait_s = 0.5
+    for attempt in range(BIND_TRIES + 1):
+        server = socket.socket(family, socket.SOCK_STREAM)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind((address, port))
+            server.listen(128)
+            return server
+        except OSError as error:
+            server.close()
+            if error.errno != errno.EADDRINUSE:
+                raise Refused("usage", f"can't listen on {address}, port {port}: {error.strerror}") from None
+        if attempt < BIND_TRIES:
+            log.warning("port %d is in use%s; trying again in %g s", port, port_holder(port), wait_s)
+            if cancelled.wait(wait_s):
+                break
+            wait_s = min(wait_s * 2, BIND_WAIT_MAX_S)
+    raise Refused("conflict", f"port {port} is in use{port_holder(port)}", "end that process, or choose another port")
+
+
+def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
+    """Replace a file as a whole, durably: readers see the old text or the new one, also after a power cut."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w") as file:
+            os.fchmod(handle, mode)
+            file.write(text)
+            file.flush()
+            os.fsync(handle)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Storage
+# ──────────────────────────────────────────────────────────────────────────────
+# One writer thread owns the writing connection and takes all work that waits into one transaction
+# (group commit: with synchronous=FULL an fsync serves them all), a savepoint each, so that work that
+# fails harms no other. Nobody is answered before the COMMIT that holds their work.
+
+MIGRATIONS: Final[tuple[str, ...]] = (
+    """
+    CREATE TABLE agents (
+        name TEXT PRIMARY KEY,
+        description TEXT NOT NULL DEFAULT '',
+        parent TEXT,
+        created_at INTEGER NOT NULL,
+        kept INTEGER NOT NULL DEFAULT 0,         -- destroyed, its state kept
+        wanted INTEGER NOT NULL DEFAULT 1,       -- should run
+        paused INTEGER NOT NULL DEFAULT 0,
+        model TEXT,
+        deployed_sha TEXT,
+        failed TEXT,                             -- why the host gave up on it
+        state TEXT NOT NULL DEFAULT 'offline',   -- the harness's word, see HarnessState
+        state_since INTEGER NOT NULL,
+        state_reason TEXT,
+        state_until INTEGER,
+        status_text TEXT,
+        status_set_at INTEGER,
+        active_model TEXT,
+        context_tokens INTEGER,
+        context_window INTEGER,
+        login TEXT,
+        signed_in_until INTEGER
+    ) STRICT;
+    CREATE TABLE messages (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        at INTEGER NOT NULL,
+        sender TEXT NOT NULL,
+        recipient TEXT NOT NULL,
+        body TEXT NOT NULL,
+        in_reply_to INTEGER,
+        kind TEXT,
+        data TEXT,
+        via TEXT,
+        broadcast INTEGER NOT NULL DEFAULT 0,
+        client_id TEXT,
+        state TEXT NOT NULL DEFAULT 'queued',
+        attempts INTEGER NOT NULL DEFAULT 0,
+        redelivered INTEGER NOT NULL DEFAULT 0,
+        resolved_at INTEGER
+    ) STRICT;
+    CREATE INDEX messages_by_mailbox ON messages (recipient, state, id);
+    CREATE INDEX messages_by_pair ON messages (sender, recipient, at);
+    CREATE UNIQUE INDEX messages_by_client ON messages (sender, client_id, recipient) WHERE client_id IS NOT NULL;
+    CREATE TABLE approvals (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        kind TEXT NOT NULL,
+        agent TEXT NOT NULL,
+        detail TEXT NOT NULL DEFAULT '{}',       -- what only this kind has
+        description TEXT,
+        requested_by TEXT NOT NULL,
+        requested_at INTEGER NOT NULL,
+        fingerprint TEXT NOT NULL,               -- the same request twice is one
+        commit_ref TEXT,
+        fetched_sha TEXT,
+        base_sha TEXT,
+        diff TEXT NOT NULL DEFAULT '',
+        status TEXT NOT NULL DEFAULT 'pending',
+        note TEXT,
+        error TEXT,
+        resolved_at INTEGER,
+        resolved_by TEXT
+    ) STRICT;
+    CREATE UNIQUE INDEX approvals_pending ON approvals (fingerprint) WHERE status = 'pending';
+    CREATE TABLE deploys (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        agent TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        sha TEXT,
+        approval INTEGER REFERENCES approvals (id),
+        phase TEXT NOT NULL DEFAULT 'queued',
+        requested_at INTEGER NOT NULL,
+        started_at INTEGER,
+        ended_at INTEGER,
+        error TEXT
+    ) STRICT;
+    CREATE INDEX deploys_by_phase ON deploys (phase, id);
+    CREATE UNIQUE INDEX deploys_by_approval ON deploys (approval) WHERE approval IS NOT NULL;
+    CREATE TABLE deploy_log (
+        deploy INTEGER NOT NULL REFERENCES deploys (id) ON DELETE CASCADE,
+        n INTEGER NOT NULL,
+        line TEXT NOT NULL,
+        PRIMARY KEY (deploy, n)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE questions (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        asker TEXT NOT NULL,
+        target TEXT NOT NULL,
+        question TEXT NOT NULL,
+        options TEXT,
+        multi INTEGER NOT NULL DEFAULT 0,
+        asked_at INTEGER NOT NULL,
+        expires_at INTEGER,
+        status TEXT NOT NULL DEFAULT 'open',
+        answer TEXT,
+        answered_by TEXT,
+        answered_at INTEGER
+    ) STRICT;
+    CREATE INDEX questions_open ON questions (status, expires_at);
+    CREATE TABLE reminders (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        agent TEXT NOT NULL,
+        body TEXT NOT NULL,
+        due_at INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX reminders_due ON reminders (due_at);
+    CREATE TABLE schedules (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        recipient TEXT NOT NULL,
+        body TEXT NOT NULL,
+        first_at INTEGER NOT NULL,
+        every_ms INTEGER,
+        next_at INTEGER,                         -- NULL: over or cancelled
+        created_by TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX schedules_due ON schedules (next_at);
+    CREATE TABLE usage (
+        turn TEXT NOT NULL,
+        agent TEXT NOT NULL,
+        at INTEGER NOT NULL,
+        day TEXT NOT NULL,
+        model TEXT,
+        input_tokens INTEGER NOT NULL,
+        output_tokens INTEGER NOT NULL,
+        cache_read_tokens INTEGER NOT NULL,
+        cache_creation_tokens INTEGER NOT NULL,
+        cost_usd REAL NOT NULL,
+        duration_ms INTEGER NOT NULL,
+        PRIMARY KEY (agent, turn)
+    ) STRICT;
+    CREATE INDEX usage_by_day ON usage (day, agent);
+    CREATE TABLE events (
+        n INTEGER PRIMARY KEY AUTOINCREMENT,
+        agent TEXT NOT NULL,
+        id INTEGER NOT NULL,                     -- the harness's own number
+        at INTEGER NOT NULL,
+        turn INTEGER NOT NULL,
+        kind TEXT NOT NULL,
+        data TEXT NOT NULL,
+        UNIQUE (agent, id)
+    ) STRICT;
+    CREATE TABLE audit (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        at INTEGER NOT NULL,
+        who TEXT NOT NULL,
+        what TEXT NOT NULL,
+        subject TEXT NOT NULL,
+        outcome TEXT NOT NULL
+    ) STRICT;
+    """,
+)
+
+
+class Tx:
+    """One transaction as the work inside it sees it."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self.touched: set[str] = set()  # mailboxes that a waiting lease should look into
+        self.changes: list[tuple[str, Any]] = []  # (kind, key) of rows that live views show
+        self.after: list[Callable[[], object]] = []  # run on the writer thread once this is durable
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        return self._connection.execute(sql, values)
+
+    def one(self, sql: str, *values: Any) -> sqlite3.Row | None:
+        return typing.cast("sqlite3.Row | None", self.execute(sql, *values).fetchone())
+
+    def value(self, sql: str, *values: Any) -> Any:
+        row = self.one(sql, *values)
+        return None if row is None else row[0]
+
+    def insert(self, table: str, **values: Any) -> int:
+        """Insert a row; the table and column names are ours, never from outside."""
+        names, marks = ", ".join(values), ", ".join("?" * len(values))
+        cursor = self.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", *values.values())  # noqa: S608
+        return typing.cast(int, cursor.lastrowid)
+
+    def changed(self, kind: str, key: Any) -> None:
+        self.changes.append((kind, key))
+
+    def after_commit(self, action: Callable[[], object]) -> None:
+        self.after.append(action)
+
+    def audit(self, actor: Actor, what: str, subject: object, outcome: str = "ok") -> None:
+        self.insert("audit", at=now_ms(), who=str(actor), what=what, subject=str(subject), outcome=outcome[:500])
+        self.changed("audit", None)
+
+
+class _Job:
+    """Work on its way through the writer thread. A bare lock is the cheapest way to wait for it."""
+
+    __slots__ = ("done", "error", "result", "work")
+
+    def __init__(self, work: Callable[[Tx], Any]) -> None:
+        self.work, self.result = work, None
+        self.error: BaseException | None = None
+        self.done = threading.Lock()
+        self.done.acquire()
+
+
+class Store:
+    """The database. `write` runs work on the writer thread; `read` lends a read-only connection."""
+
+    BATCH: Final = 256
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer = _open_database(path)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._readers: list[sqlite3.Connection] = []
+        self._closed = False
+        self.before_commit: Callable[[Tx], None] = lambda tx: None
+        self.on_changes: Callable[[list[tuple[str, Any]]], None] = lambda changes: None
+        self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
+        self._thread.start()
+
+    def write(self, work: Callable[[Tx], T]) -> T:
+        """Run `work` in a transaction and return its result once that is durable. Never from the writer thread."""
+        job = self.submit(work)
+        job.done.acquire()
+        if job.error is not None:
+            raise job.error
+        return typing.cast(T, job.result)
+
+    def submit(self, work: Callable[[Tx], Any]) -> _Job:
+        """The same without waiting."""
+        if self._closed:
+            raise Refused("storage", "the daemon is shutting down", "try again in a moment")
+        job = _Job(work)
+        self._jobs.put(job)
+        return job
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """One consistent view of the database, for as long as the block lasts."""
+        try:
+            connection = self._readers.pop()
+        except IndexError:
+            connection = _connect(self._path)
+            connection.execute("PRAGMA query_only = ON")
+        try:
+            connection.execute("BEGIN")
+            yield connection
+        finally:
+            connection.execute("ROLLBACK")
+            self._readers.append(connection)
+
+    def rows(self, sql: str, *values: Any) -> list[sqlite3.Row]:
+        with self.read() as connection:
+            return connection.execute(sql, values).fetchall()
+
+    def row(self, sql: str, *values: Any) -> sqlite3.Row | None:
+        return next(iter(self.rows(sql, *values)), None)
+
+    def backup(self, target: Path) -> None:
+        """A consistent copy while we run. The target must not exist."""
+        with self.read() as connection:
+            connection.execute("ROLLBACK")
+            try:
+                connection.execute("VACUUM INTO ?", (str(target),))
+            except sqlite3.Error as error:
+                raise Refused("storage", f"can't write the backup {target}: {error}") from None
+            finally:
+                connection.execute("BEGIN")
+        target.chmod(0o600)
+
+    def close(self) -> None:
+        self._closed = True
+        self._jobs.put(None)
+        self._thread.join()
+        for connection in (self._writer, *self._readers):
+            connection.close()
+
+    def _run(self) -> None:
+        while True:
+            batch = [self._jobs.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < self.BATCH:
+                    batch.append(self._jobs.get_nowait())
+            jobs = [job for job in batch if job is not None]
+            if jobs:
+                self._commit(jobs)
+            if len(jobs) < len(batch):
+                return
+
+    def _commit(self, jobs: list[_Job]) -> None:
+        tx = Tx(self._writer)
+        try:
+            tx.execute("BEGIN IMMEDIATE")
+            for job in jobs:
+                self._savepoint(tx, job)
+            self.before_commit(tx)
+            tx.execute("COMMIT")
+        except Exception as error:  # a full disk, say: nobody in this batch may believe that it was stored
+            log.exception("a transaction failed")
+            with contextlib.suppress(sqlite3.Error):
+                tx.execute("ROLLBACK")
+            failure = Refused("storage", f"the database can't be written: {error}", "is the disk full?")
+            for job in jobs:
+                job.error = job.error or failure
+        else:
+            self._afterwards(tx)
+        for job in jobs:
+            job.done.release()
+
+    def _savepoint(self, tx: Tx, job: _Job) -> None:
+        marks = len(tx.changes), len(tx.after), set(tx.touched)
+        tx.execute("SAVEPOINT job")
+        try:
+            job.result = job.work(tx)
+        except Exception as error:
+            tx.execute("ROLLBACK TO job")
+            del tx.changes[marks[0] :], tx.after[marks[1] :]
+            tx.touched = marks[2]
+            job.error = error
+        tx.execute("RELEASE job")
+
+    def _afterwards(self, tx: Tx) -> None:
+        for action in tx.after:
+            try:
+                action()
+            except Exception:
+                log.exception("after a commit")
+        if tx.changes:
+            self.on_changes(tx.changes)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+    connection.row_factory = sqlite3.Row
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    return connection
+
+
+def _open_database(path: Path) -> sqlite3.Connection:
+    """Open, check and migrate. A database from the future or a damaged one is refused, and left as it is."""
+    path.touch(mode=0o600)
+    try:
+        connection = _connect(path)
+        problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if problem != "ok":
+            raise sqlite3.DatabaseError(problem)
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise Refused(
+                "conflict",
+                f"{path} was written by a newer hyperhive (schema {version}; this one knows {len(MIGRATIONS)})",
+                "run the newer version, or restore a backup from before the update",
+            )
+        for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+            connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
+    except sqlite3.Error as error:
+        backup = last_backup(path)
+        raise Refused(
+            "storage",
+            f"{path} is damaged: {error}",
+            f"stop the daemon and run `hyperhive.py restore {backup or 'FILE'}`"
+            + ("" if backup else " (no backup is on record)"),
+        ) from None
+    return connection
+
+
+def last_backup(database: Path) -> str:
+    """Where the last backup went, from a note beside the database: it must be found when that can't be read."""
+    with contextlib.suppress(OSError):
+        return database.with_name("last-backup").read_text().strip()
+    return ""
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Broker
+# ──────────────────────────────────────────────────────────────────────────────
+# Mail is handed out at one place: before each commit, every mailbox that the transaction touched is
+# offered to its waiting leases, and the rows are marked in that same transaction; the answer leaves
+# right after the commit, from the writer thread. A lease that finds mail, one that waits for it, a
+# send, a return and a resume are therefore the same path, and leases need no lock: all of `Broker`'s
+# own state belongs to the writer thread.
+
+LEASE_BYTES: Final = 256 * 1024  # of bodies in one answer; at least one message
+PING_PONG_SQL: Final = """
+    SELECT count(*) FROM (
+        SELECT at FROM messages WHERE sender = ?1 AND recipient = ?2 AND at > ?3
+        UNION ALL SELECT at FROM messages WHERE sender = ?2 AND recipient = ?1 AND at > ?3 LIMIT ?4)
+"""
+
+
+class LeaseHolder(Protocol):
+    """A connection that leases: what the broker needs of it."""
+
+    def deliver(self, answer: Json) -> None: ...
+
+
+@dataclasses.dataclass(eq=False)
+class _Wait:
+    agent: str
+    holder: LeaseHolder
+    most: int
+    until: float  # time.monotonic()
+
+
+class Broker:
+    """Durable mail between agents, operator and system; questions, reminders, schedules; control items."""
+
+    def __init__(self, store: Store, limits: Limits) -> None:
+        self.store, self.limits = store, limits
+        self._leaving = False
+        self._waits: dict[str, list[_Wait]] = defaultdict(list)
+        self._leases: dict[LeaseHolder, set[int]] = defaultdict(set)
+        self._controls: dict[str, list[Json]] = defaultdict(list)
+        self._allowance: dict[str, tuple[float, float]] = {}  # sender → (tokens, at)
+        store.before_commit = self._hand_out
+        store.write(self._return_all)
+
+    # -- sending
+
+    def send(self, draft: Draft) -> list[int]:
+        """Store a message; returns its ids (one a copy for `*`). Durable when this returns."""
+        return self.store.write(lambda tx: self.post(tx, draft))
+
+    def post(self, tx: Tx, draft: Draft) -> list[int]:
+        if draft.client_id and (known := self._known(tx, draft)):
+            return known
+        recipients = self._recipients(tx, draft)
+        if draft.sender not in (SYSTEM, OPERATOR):
+            self._take_allowance(draft.sender)
+        if draft.in_reply_to is not None and not self._saw(tx, draft.sender, draft.in_reply_to):
+            raise Refused("not_found", f"message {draft.in_reply_to} is none that you have seen")
+        ids = [self._insert(tx, draft, recipient) for recipient in recipients]
+        if draft.sender not in (SYSTEM, OPERATOR) and draft.to not in (OPERATOR, EVERYONE, draft.sender):
+            self._stop_ping_pong(tx, draft.sender, draft.to)
+        return ids
+
+    def tell(self, tx: Tx, to: str, kind: str, body: str, /, **data: Any) -> None:
+        """A system message. It is never refused: a full inbox must not stop what it reports."""
+        self._insert(tx, Draft(SYSTEM, to, body, kind=kind, data=without_none(**data)), to)
+
+    def tell_manager(self, tx: Tx, kind: str, body: str, /, **data: Any) -> None:
+        if tx.one("SELECT 1 FROM agents WHERE name = ? AND NOT kept", MANAGER):
+            self.tell(tx, MANAGER, kind, body, **data)
+
+    def _known(self, tx: Tx, draft: Draft) -> list[int]:
+        found = tx.execute(
+            "SELECT id FROM messages WHERE sender = ? AND client_id = ? ORDER BY id", draft.sender, draft.client_id
+        )
+        return [row["id"] for row in found]
+
+    def _saw(self, tx: Tx, who: str, message: int) -> bool:
+        row = tx.one("SELECT sender, recipient FROM messages WHERE id = ?", message)
+        return row is not None and (who == OPERATOR or who in (row["sender"], row["recipient"]))
+
+    def _recipients(self, tx: Tx, draft: Draft) -> list[str]:
+        if draft.to == EVERYONE:
+            names = [row["name"] for row in tx.execute("SELECT name FROM agents WHERE NOT kept ORDER BY name")]
+            names = [name for name in names if name != draft.sender]
+            if not names:
+                raise Refused("not_found", "there is no other agent to send to")
+        else:
+            if draft.to != OPERATOR and not tx.one("SELECT 1 FROM agents WHERE name = ?", draft.to):
+                raise Refused("unknown_agent", f"there is no agent {draft.to!r}", "list_agents shows who is there")
+            names = [draft.to]
+        size = len(draft.body.encode())
+        if size > self.limits.body_bytes:
+            raise Refused(
+                "too_large",
+                f"the message has {size} bytes; at most {self.limits.body_bytes} are allowed",
+                "put long text into a file in /shared and send its name",
+            )
+        full = [name for name in names if self.unread(tx, name) >= self.limits.unread]
+        if full:
+            raise Refused(
+                "inbox_full", f"the inbox of {', '.join(full)} is full ({self.limits.unread} unread)", "try later"
+            )
+        return names
+
+    def unread(self, tx: Tx, name: str) -> int:
+        return int(
+            tx.value("SELECT count(*) FROM messages WHERE recipient = ? AND state IN ('queued', 'leased')", name)
+        )
+
+    def _insert(self, tx: Tx, draft: Draft, recipient: str) -> int:
+        message = tx.insert(
+            "messages",
+            at=now_ms(),
+            sender=draft.sender,
+            recipient=recipient,
+            body=draft.body,
+            in_reply_to=draft.in_reply_to,
+            kind=draft.kind,
+            data=None if draft.data is None else json.dumps(draft.data),
+            via=draft.via,
+            broadcast=int(draft.to == EVERYONE),
+            client_id=draft.client_id,
+        )
+        tx.touched.add(recipient)
+        tx.changed("message", message)
+        tx.changed("agent", recipient)
+        return message
+
+    def _take_allowance(self, sender: str) -> None:
+        """A token bucket. It lives in memory: a restart forgives, and no send waits for a query."""
+        rate, burst = self.limits.messages_per_minute / 60, self.limits.message_burst
+        if not rate:
+            return
+        tokens, at = self._allowance.get(sender, (float(burst), 0.0))
+        moment = time.monotonic()
+        tokens = min(float(burst), tokens + (moment - at) * rate)
+        if tokens < 1:
+            raise Refused(
+                "too_fast",
+                f"{sender} sends too fast: at most {self.limits.messages_per_minute} messages a minute",
+                f"try again in {(1 - tokens) / rate:.0f} s",
+            )
+        self._allowance[sender] = (tokens - 1, moment)
+
+    def _stop_ping_pong(self, tx: Tx, one: str, other: str) -> None:
+        """Two agents that only answer each other burn money for nothing: both are paused."""
+        if not self.limits.ping_pong:
+            return
+        spoke = tx.value("SELECT max(at) FROM messages WHERE sender = ? AND recipient IN (?, ?)", OPERATOR, one, other)
+        since = max(now_ms() - self.limits.ping_pong_s * 1000, spoke or 0)
+        count = tx.value(PING_PONG_SQL, one, other, since, self.limits.ping_pong + 1)
+        if count <= self.limits.ping_pong:
+            return
+        reason = f"{one} and {other} exchanged more than {self.limits.ping_pong} messages without a word from you"
+        fresh = [name for name in (one, other) if self.pause(tx, SYSTEM_ACTOR, name, paused=True, reason=reason)]
+        if fresh:
+            self.tell(tx, OPERATOR, "paused", f"{reason}: both are paused.", agents=[one, other])
+
+    # -- pausing (here because a paused agent is leased nothing)
+
+    def pause(self, tx: Tx, actor: Actor, name: str, *, paused: bool, reason: str = "") -> bool:
+        """Whether this changed anything."""
+        row = tx.one("SELECT paused FROM agents WHERE name = ? AND NOT kept", name)
+        if row is None:
+            raise Refused("unknown_agent", f"there is no agent {name!r}")
+        if bool(row["paused"]) == paused:
+            return False
+        tx.execute("UPDATE agents SET paused = ?, state_reason = ? WHERE name = ?", int(paused), reason or None, name)
+        tx.audit(actor, "pause" if paused else "resume", name, reason or "ok")
+        tx.changed("agent", name)
+        tx.touched.add(name)
+        self.control(tx, name, Control.PAUSE if paused else Control.RESUME)
+        return True
+
+    def control(self, tx: Tx, name: str, do: Control, **fields: Any) -> None:
+        """Queue a control item for a harness. Items are not durable: what must last is in hello's answer."""
+        tx.after_commit(lambda: self._controls[name].append({"do": do, **fields}))
+        tx.after_commit(lambda: self._poke(name))
+
+    def drop_controls(self, name: str) -> None:
+        """On the writer thread: a harness that has just said hello knows all that lasts."""
+        self._controls.pop(name, None)
+
+    def _poke(self, name: str) -> None:
+        # On the writer thread: a second, empty transaction offers the mailbox again.
+        self.store.submit(lambda tx: tx.touched.add(name))
+
+    # -- leasing
+
+    def lease(self, agent: str, holder: LeaseHolder, most: int, wait_s: float) -> None:
+        """Ask for mail; the answer goes to `holder.deliver` as soon as there is something, or after `wait_s`."""
+        wait = _Wait(agent, holder, most, time.monotonic() + wait_s)
+
+        def work(tx: Tx) -> None:
+            self._waits[agent].append(wait)
+            tx.touched.add(agent)
+            if not wait_s:
+                tx.after_commit(lambda: self._expire(wait))
+
+        self.store.write(work)
+
+    def end_waits(self, holder: LeaseHolder) -> None:
+        """Answer what this connection still waits for, so that its next request is answered in order."""
+        self.store.write(lambda tx: tx.after_commit(lambda: self._expire_of(holder)))
+
+    def expire_waits(self) -> None:
+        """Called each tick. The look from another thread may be stale; `_expire` decides."""
+        moment = time.monotonic()
+        late = [wait for waits in list(self._waits.values()) for wait in list(waits) if wait.until <= moment]
+        if late:
+            self.store.write(lambda tx: tx.after.extend(functools.partial(self._expire, wait) for wait in late))
+
+    def acknowledge(self, agent: str, ids: list[int]) -> int:
+        """The turn is done: these never come again. Also good for mail that a restart put back meanwhile."""
+
+        def work(tx: Tx) -> int:
+            count = 0
+            for message in ids:
+                done = tx.execute(
+                    "UPDATE messages SET state = 'acked', resolved_at = ?"
+                    " WHERE id = ? AND recipient = ? AND state IN ('queued', 'leased')",
+                    now_ms(),
+                    message,
+                    agent,
+                )
+                count += done.rowcount
+                tx.changed("message", message)
+            tx.changed("agent", agent)
+            tx.after_commit(lambda: self._forget(ids))
+            return count
+
+        return self.store.write(work)
+
+    def give_back(self, agent: str, holder: LeaseHolder, ids: list[int], *, blameless: bool) -> int:
+        def work(tx: Tx) -> int:
+            mine = [message for message in ids if message in self._leases.get(holder, ())]
+            tx.after_commit(lambda: self._forget(mine))
+            return self._put_back(tx, agent, mine, blameless=blameless)
+
+        return self.store.write(work)
+
+    def connection_closed(self, agent: str, holder: LeaseHolder) -> None:
+        """A lease belongs to the connection: all it had not acknowledged goes back at once."""
+        if self._leaving:
+            return  # our end is no fault of the mail: the next start returns every lease
+
+        def work(tx: Tx) -> None:
+            self._waits[agent] = [wait for wait in self._waits[agent] if wait.holder is not holder]
+            self._put_back(tx, agent, sorted(self._leases.get(holder, ())), blameless=False)
+            tx.after_commit(lambda: self._leases.pop(holder, None))
+
+        self.store.write(work)
+
+    def leave(self) -> None:
+        """The daemon is about to close its connections."""
+        self._leaving = True
+
+    def _put_back(self, tx: Tx, agent: str, ids: list[int], *, blameless: bool) -> int:
+        returned = 0
+        for message in ids:
+            row = tx.one("SELECT * FROM messages WHERE id = ? AND recipient = ? AND state = 'leased'", message, agent)
+            if row is None:
+                continue
+            attempts = row["attempts"] - int(blameless)
+            dead = attempts >= self.limits.attempts
+            tx.execute(
+                "UPDATE messages SET state = ?, attempts = ?, redelivered = 1, resolved_at = ? WHERE id = ?",
+                MessageState.DEAD if dead else MessageState.QUEUED,
+                attempts,
+                now_ms() if dead else None,
+                message,
+            )
+            tx.changed("message", message)
+            if dead:
+                self._tell_dead(tx, row, attempts)
+            returned += 1
+        if ids:
+            tx.touched.add(agent)
+            tx.changed("agent", agent)
+        return returned
+
+    def _tell_dead(self, tx: Tx, row: sqlite3.Row, attempts: int) -> None:
+        body = (
+            f"Message {row['id']} from {row['sender']} to {row['recipient']} was given {attempts} times and its turn"
+            f" never ended well. It is set aside. It began: {row['body'][:200]}"
+        )
+        self.tell(tx, OPERATOR, "dead_letter", body, message=row["id"], agent=row["recipient"])
+        tx.audit(SYSTEM_ACTOR, "dead_letter", row["id"], f"for {row['recipient']}")
+
+    def _return_all(self, tx: Tx) -> None:
+        """At start: leases of the daemon before us are void, and our going was no fault of the mail."""
+        tx.execute(
+            "UPDATE messages SET state = 'queued', redelivered = 1, attempts = max(attempts - 1, 0)"
+            " WHERE state = 'leased'"
+        )
+
+    def _hand_out(self, tx: Tx) -> None:
+        for name in sorted(tx.touched):
+            for wait in self._waits.get(name, ()):
+                messages = self._claim(tx, wait)
+                if not messages and not self._controls.get(name):
+                    break
+                tx.after_commit(functools.partial(self._deliver, wait, messages))
+
+    def _claim(self, tx: Tx, wait: _Wait) -> list[Json]:
+        if tx.value("SELECT paused FROM agents WHERE name = ?", wait.agent):
+            return []
+        taken: list[Json] = []
+        size = 0
+        query = "SELECT * FROM messages WHERE recipient = ? AND state = 'queued' ORDER BY id LIMIT ?"
+        for row in tx.execute(query, wait.agent, wait.most).fetchall():
+            size += len(row["body"].encode())
+            if taken and size > LEASE_BYTES:
+                break
+            tx.execute("UPDATE messages SET state = 'leased', attempts = attempts + 1 WHERE id = ?", row["id"])
+            tx.changed("message", row["id"])
+            taken.append(message_json(row) | {"attempts": row["attempts"] + 1})
+        return taken
+
+    def _deliver(self, wait: _Wait, messages: list[Json]) -> None:
+        self._drop(wait)
+        self._leases[wait.holder].update(message["id"] for message in messages)
+        wait.holder.deliver({"messages": messages, "control": self._controls.pop(wait.agent, [])})
+
+    def _expire(self, wait: _Wait) -> None:
+        if self._drop(wait):
+            wait.holder.deliver({"messages": [], "control": []})
+
+    def _expire_of(self, holder: LeaseHolder) -> None:
+        for waits in list(self._waits.values()):
+            for wait in list(waits):
+                if wait.holder is holder:
+                    self._expire(wait)
+
+    def _drop(self, wait: _Wait) -> bool:
+        waits = self._waits[wait.agent]
+        if wait not in waits:
+            return False
+        waits.remove(wait)
+        return True
+
+    def _forget(self, ids: Iterable[int]) -> None:
+        for leased in self._leases.values():
+            leased.difference_update(ids)
+
+    # -- questions
+
+    def ask(
+        self, asker: str, target: str, question: str, options: list[str], *, multi: bool, ttl_s: float | None
+    ) -> int:
+        """Put a question to an agent or the operator. The answer comes as a message."""
+
+        def work(tx: Tx) -> int:
+            if target in (EVERYONE, asker):
+                raise Refused("bad_request", "a question goes to one other agent, or to the operator")
+            if target != OPERATOR and not tx.one("SELECT 1 FROM agents WHERE name = ? AND NOT kept", target):
+                raise Refused("unknown_agent", f"there is no agent {target!r}", "list_agents shows who is there")
+            if (
+                tx.value("SELECT count(*) FROM questions WHERE asker = ? AND status = 'open'", asker)
+                >= self.limits.questions
+            ):
+                raise Refused("too_many", f"{self.limits.questions} questions are open already", "cancel one first")
+            number = tx.insert(
+                "questions",
+                asker=asker,
+                target=target,
+                question=question,
+                options=json.dumps(options) if options else None,
+                multi=int(multi),
+                asked_at=now_ms(),
+                expires_at=None if ttl_s is None else now_ms() + int(ttl_s * 1000),
+            )
+            tx.audit(Actor(asker), "ask", number, f"to {target}")
+            tx.changed("question", number)
+            choices = f" Options: {', '.join(options)}." if options else ""
+            self.tell(
+                tx,
+                target,
+                "question_asked",
+                f"{asker} asks (question {number}): {question}{choices}",
+                question=number,
+                **{"from": asker},
+                options=options or None,
+                multi=multi or None,
+            )
+            return number
+
+        return self.store.write(work)
+
+    def answer(self, actor: Actor, number: int, text: str) -> None:
+        """Only the one asked, or the operator, answers; once."""
+
+        def work(tx: Tx) -> None:
+            row = self._open_question(tx, number)
+            if actor.name not in (row["target"], OPERATOR):
+                raise Refused("forbidden", f"question {number} was put to {row['target']}, not to you")
+            self._settle(tx, actor, row, "answered", text)
+
+        self.store.write(work)
+
+    def cancel_question(self, actor: Actor, number: int) -> None:
+        def work(tx: Tx) -> None:
+            row = self._open_question(tx, number)
+            if actor.name not in (row["asker"], OPERATOR):
+                raise Refused("forbidden", f"question {number} was asked by {row['asker']}, not by you")
+            self._settle(tx, actor, row, "cancelled", "[cancelled]")
+
+        self.store.write(work)
+
+    def _open_question(self, tx: Tx, number: int) -> sqlite3.Row:
+        row = tx.one("SELECT * FROM questions WHERE id = ?", number)
+        if row is None:
+            raise Refused("not_found", f"there is no question {number}")
+        if row["status"] != "open":
+            raise Refused("conflict", f"question {number} is {row['status']} already")
+        return row
+
+    def _settle(self, tx: Tx, actor: Actor, row: sqlite3.Row, outcome: str, text: str) -> None:
+        number = row["id"]
+        tx.execute(
+            "UPDATE questions SET status = ?, answer = ?, answered_by = ?, answered_at = ? WHERE id = ?",
+            outcome,
+            text,
+            actor.name,
+            now_ms(),
+            number,
+        )
+        tx.execute(  # the operator's copy of the question needs no reading any more
+            "UPDATE messages SET state = 'acked', resolved_at = ? WHERE recipient = ? AND state = 'queued'"
+            " AND kind = 'question_asked' AND json_extract(data, '$.question') = ?",
+            now_ms(),
+            OPERATOR,
+            number,
+        )
+        tx.audit(actor, f"question_{outcome}", number)
+        tx.changed("question", number)
+        body = f"Question {number} ({row['question'][:200]}) was {outcome}"
+        body += f" by {actor.name}: {text}" if outcome == "answered" else "."
+        data = {"question": number, "answer": text, "by": actor.name, "outcome": outcome}
+        if not (outcome == "cancelled" and actor.name == row["asker"]):
+            self.tell(tx, row["asker"], "question_answered", body, **data)
+
+    # -- reminders and schedules
+
+    def remind(self, agent: str, body: str, due_at: int) -> int:
+        def work(tx: Tx) -> int:
+            if tx.value("SELECT count(*) FROM reminders WHERE agent = ?", agent) >= self.limits.reminders:
+                raise Refused("too_many", f"{self.limits.reminders} reminders are set already", "cancel one first")
+            number = tx.insert("reminders", agent=agent, body=body, due_at=due_at)
+            tx.audit(Actor(agent), "remind", number, rfc3339(due_at))
+            tx.changed("agent", agent)
+            return number
+
+        return self.store.write(work)
+
+    def cancel_reminder(self, agent: str, number: int) -> None:
+        def work(tx: Tx) -> None:
+            if not tx.execute("DELETE FROM reminders WHERE id = ? AND agent = ?", number, agent).rowcount:
+                raise Refused("not_found", f"you have no reminder {number}")
+            tx.audit(Actor(agent), "cancel_reminder", number)
+            tx.changed("agent", agent)
+
+        self.store.write(work)
+
+    def add_schedule(self, tx: Tx, actor: Actor, to: str, body: str, first_at: int, every_s: float | None) -> int:
+        if to != EVERYONE and not tx.one("SELECT 1 FROM agents WHERE name = ?", to):
+            raise Refused("unknown_agent", f"there is no agent {to!r}")
+        every_ms = None if every_s is None else int(every_s * 1000)
+        number = tx.insert(
+            "schedules",
+            recipient=to,
+            body=body,
+            first_at=first_at,
+            every_ms=every_ms,
+            next_at=first_at,
+            created_by=actor.name,
+        )
+        tx.audit(actor, "schedule", number, f"to {to}, first {rfc3339(first_at)}")
+        return number
+
+    def cancel_schedule(self, actor: Actor, number: int) -> None:
+        def work(tx: Tx) -> None:
+            if not tx.execute("UPDATE schedules SET next_at = NULL WHERE id = ? AND next_at NOT NULL", number).rowcount:
+                raise Refused("not_found", f"there is no running schedule {number}")
+            tx.audit(actor, "cancel_schedule", number)
+
+        self.store.write(work)
+
+    def fire_due(self) -> None:
+        """Called each tick. What came due while the daemon was down fires once, not once a period."""
+        moment = now_ms()
+        due = self.store.row(
+            "SELECT EXISTS (SELECT 1 FROM reminders WHERE due_at <= ?1)"
+            " OR EXISTS (SELECT 1 FROM schedules WHERE next_at <= ?1)"
+            " OR EXISTS (SELECT 1 FROM questions WHERE status = 'open' AND expires_at <= ?1)",
+            moment,
+        )
+        if due and due[0]:
+            self.store.write(lambda tx: self._fire(tx, moment))
+
+    def _fire(self, tx: Tx, moment: int) -> None:
+        for row in tx.execute("SELECT * FROM reminders WHERE due_at <= ? ORDER BY due_at, id", moment).fetchall():
+            tx.execute("DELETE FROM reminders WHERE id = ?", row["id"])
+            self.tell(tx, row["agent"], "reminder", row["body"], reminder=row["id"])
+        for row in tx.execute("SELECT * FROM schedules WHERE next_at <= ? ORDER BY next_at, id", moment).fetchall():
+            every = row["every_ms"]
+            following = None if not every else row["next_at"] + every * ((moment - row["next_at"]) // every + 1)
+            tx.execute("UPDATE schedules SET next_at = ? WHERE id = ?", following, row["id"])
+            for name in self._scheduled_for(tx, row["recipient"]):
+                self.tell(tx, name, "schedule", row["body"], schedule=row["id"], by=row["created_by"])
+        expired = "SELECT * FROM questions WHERE status = 'open' AND expires_at <= ?"
+        for row in tx.execute(expired, moment).fetchall():
+            self._settle(tx, SYSTEM_ACTOR, row, "expired", "[expired]")
+
+    def _scheduled_for(self, tx: Tx, to: str) -> list[str]:
+        query = "SELECT name FROM agents WHERE NOT kept AND (name = ?1 OR ?1 = '*') ORDER BY name"
+        return [row["name"] for row in tx.execute(query, to)]
+
+    # -- the operator's inbox, and keeping house
+
+    def mark_read(self, ids: list[int] | None = None) -> int:
+        """The operator has read these (or all): their way of acknowledging."""
+        if ids is None:
+            ids = [
+                r["id"]
+                for r in self.store.rows("SELECT id FROM messages WHERE recipient = ? AND state = 'queued'", OPERATOR)
+            ]
+        return self.acknowledge(OPERATOR, ids) if ids else 0
+
+    def close_mail(self, tx: Tx, name: str) -> None:
+        """A purge: what waits for this name closes, so that a namesake starts with an empty inbox."""
+        tx.execute(
+            "UPDATE messages SET state = 'closed', resolved_at = ?"
+            " WHERE recipient = ? AND state IN ('queued', 'leased')",
+            now_ms(),
+            name,
+        )
+        for row in tx.execute(
+            "SELECT * FROM questions WHERE status = 'open' AND (asker = ?1 OR target = ?1)", name
+        ).fetchall():
+            self._settle(
+                tx, Actor(row["asker"]) if row["asker"] == name else SYSTEM_ACTOR, row, "cancelled", "[cancelled]"
+            )
+        tx.execute("DELETE FROM reminders WHERE agent = ?", name)
+        tx.execute("UPDATE schedules SET next_at = NULL WHERE recipient = ?", name)
+
+    def forget_old(self) -> None:
+        """Retention: acknowledged mail 30 days, deploy logs 30, audit 365; what waits is kept for ever."""
+        moment = now_ms()
+
+        def work(tx: Tx) -> None:
+            tx.execute(
+                "DELETE FROM messages WHERE state IN ('acked', 'closed') AND resolved_at < ?", moment - 30 * DAY_MS
+            )
+            tx.execute("DELETE FROM audit WHERE at < ?", moment - 365 * DAY_MS)
+            old = "SELECT id FROM deploys WHERE ended_at < ?"
+            tx.execute(f"DELETE FROM deploy_log WHERE deploy IN ({old})", moment - 30 * DAY_MS)  # noqa: S608
+
+        self.store.write(work)
+
+
+def message_json(row: sqlite3.Row) -> Json:
+    """A message as it is on every wire."""
+    return without_none(
+        id=row["id"],
+        **{"from": row["sender"]},
+        to=row["recipient"],
+        body=row["body"],
+        at=rfc3339(row["at"]),
+        attempts=row["attempts"],
+        in_reply_to=row["in_reply_to"],
+        redelivered=True if row["redelivered"] else None,
+        broadcast=True if row["broadcast"] else None,
+        via=row["via"],
+        kind=row["kind"],
+        data=None if row["data"] is None else json.loads(row["data"]),
+    )
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Config repositories
+# ──────────────────────────────────────────────────────────────────────────────
+# An agent's config is a bare repository below `applied/` that only the host writes. A proposal comes as
+# the bytes of a git bundle; it is unpacked and checked in a quarantine of its own, so that what is
+# refused leaves nothing behind. Git runs without any configuration but ours: a bundle carries objects,
+# never config or hooks, and no checkout is ever made.
+
+EMPTY_TREE: Final = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # git's own constant for SHA-1 repositories
+DIFF_MAX: Final = 4 * 1024 * 1024
+BUNDLE_MARKS: Final = (b"# v2 git bundle\n", b"# v3 git bundle\n")
+FORBIDDEN_FILES: Final = frozenset({"flake.nix", "flake.lock"})
+
+
+def git(*arguments: str, cwd: Path, stdin: bytes | None = None, accept: Iterable[int] = (0,)) -> bytes:
+    """Git without the machine's or anybody's configuration, hooks, helpers or prompts."""
+    program = os.environ.get("HYPERHIVE_GIT") or shutil.which("git")
+    if not program:
+        raise Refused("unsupported", "git is not installed", "install it, or set HYPERHIVE_GIT to its absolute path")
+    settings = {
+        "core.hooksPath": "/dev/null",
+        "core.fsmonitor": "false",
+        "gc.auto": "0",
+        "protocol.allow": "never",
+        "protocol.file.allow": "always",
+        "fetch.fsckObjects": "true",
+        "safe.directory": "*",
+    }
+    argv = [program, *(part for key, value in settings.items() for part in ("-c", f"{key}={value}")), *arguments]
+    env = {
+        "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+        "HOME": "/nonexistent",
+        "LC_ALL": "C.UTF-8",
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": "/dev/null",
+        "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_AUTHOR_NAME": "hyperhive",
+        "GIT_AUTHOR_EMAIL": "hyperhive@localhost",
+        "GIT_COMMITTER_NAME": "hyperhive",
+        "GIT_COMMITTER_EMAIL": "hyperhive@localhost",
+    }
+    return run(argv, env=env, cwd=cwd, stdin=stdin, accept=accept).stdout
+
+
+class Repositories:
+    """The configs of all agents; a sha here is always 40 hex digits."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def exists(self, name: str) -> bool:
+        return (self._config.repository(name) / "HEAD").exists()
+
+    def create(self, name: str) -> None:
+        """An empty repository; a no-op where there is one."""
+        if self.exists(name):
+            return
+        folder = self._config.repository(name)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        git("init", "--quiet", "--bare", "--initial-branch=main", "--template=", ".", cwd=folder)
+
+    def head(self, name: str) -> str | None:
+        """The deployed commit."""
+        if not self.exists(name):
+            return None
+        text = git(
+            "rev-parse", "--quiet", "--verify", "refs/heads/main", cwd=self._config.repository(name), accept=(0, 1)
+        )
+        return text.decode().strip() or None
+
+    def commit(self, name: str, agent_nix: str, message: str) -> str:
+        """A commit with `agent.nix` in place of the one on `main` (all other files stay); no ref moves."""
+        folder, parent = self._config.repository(name), self.head(name)
+        blob = git("hash-object", "-w", "--stdin", cwd=folder, stdin=agent_nix.encode()).decode().strip()
+        entries = git("ls-tree", "-z", parent, cwd=folder).split(b"\0") if parent else []
+        kept = [entry for entry in entries if entry and entry.partition(b"\t")[2] != b"agent.nix"]
+        listing = b"\0".join([*kept, f"100644 blob {blob}\tagent.nix".encode()])
+        tree = git("mktree", "-z", cwd=folder, stdin=listing).decode().strip()
+        parents = ("-p", parent) if parent else ()
+        return git("commit-tree", tree, *parents, "-F", "-", cwd=folder, stdin=message.encode()).decode().strip()
+
+    def accept_bundle(self, name: str, sha: str, bundle: bytes) -> None:
+        """Check a proposed commit in quarantine and take it over, or refuse it with the reason."""
+        check_sha(sha)
+        if not bundle.startswith(BUNDLE_MARKS):
+            raise Refused("bad_config", "that is no git bundle")
+        folder = self._config.repository(name)
+        with tempfile.TemporaryDirectory(dir=self._config.scratch_dir, prefix="proposal-") as scratch:
+            quarantine = Path(scratch) / "repository"
+            quarantine.mkdir()
+            (Path(scratch) / "bundle").write_bytes(bundle)
+            git("init", "--quiet", "--bare", "--template=", ".", cwd=quarantine)
+            (quarantine / "objects/info").mkdir(parents=True, exist_ok=True)
+            (quarantine / "objects/info/alternates").write_text(f"{folder / 'objects'}\n")
+            try:
+                git("fetch", "--quiet", "--no-tags", "../bundle", "+refs/*:refs/proposed/*", cwd=quarantine)
+            except Refused as error:
+                raise Refused("bad_config", f"git can't take that bundle: {error.message[-300:]}") from None
+            self._check_commit(quarantine, sha)
+            git("update-ref", "refs/heads/accepted", sha, cwd=quarantine)
+            git(
+                "fetch",
+                "--quiet",
+                "--no-tags",
+                str(quarantine),
+                "+refs/heads/accepted:refs/accepted/" + sha,
+                cwd=folder,
+            )
+
+    def _check_commit(self, folder: Path, sha: str) -> None:
+        kind = git("cat-file", "-t", sha, cwd=folder, accept=(0, 128)).decode().strip()
+        if kind != "commit":
+            raise Refused("bad_config", f"the commit {sha} is not in the bundle", "commit first, then ask")
+        if not git("for-each-ref", f"--contains={sha}", "refs/proposed", cwd=folder):
+            raise Refused("bad_config", f"the commit {sha} is not in the bundle", "bundle the commit that you ask for")
+        listing = git("ls-tree", "-r", "-t", "-l", "-z", "--full-tree", sha, cwd=folder)
+        entries = [entry for entry in listing.split(b"\0") if entry]
+        limits = self._config.limits
+        if len(entries) > limits.config_files:
+            raise Refused(
+                "bad_config", f"the config has {len(entries)} files; at most {limits.config_files} are allowed"
+            )
+        paths = [self._check_entry(entry) for entry in entries]
+        if "agent.nix" not in paths:
+            raise Refused("bad_config", "the config has no agent.nix", "agent.nix must be at the top of the repository")
+
+    def _check_entry(self, entry: bytes) -> str:
+        meta, _, raw = entry.partition(b"\t")
+        mode, _, _, size = meta.decode().split()
+        path = raw.decode(errors="backslashreplace")
+        shown = path.encode("unicode_escape").decode()
+        if mode == "120000":
+            raise Refused("bad_config", f"{shown} is a symbolic link", "configs hold plain files only")
+        if mode == "160000":
+            raise Refused("bad_config", f"{shown} is a submodule", "configs hold plain files only")
+        parts = path.split("/")
+        if any(part.lower().startswith(".git") for part in parts):
+            raise Refused("bad_config", f"{shown}: names starting with .git are not allowed")
+        if parts[-1].lower() in FORBIDDEN_FILES:
+            raise Refused("bad_config", f"{shown} is not allowed: the host writes the flake itself")
+        if size != "-" and int(size) > self._config.limits.config_file_bytes:
+            raise Refused(
+                "bad_config", f"{shown} has {size} bytes; at most {self._config.limits.config_file_bytes} are allowed"
+            )
+        return path if mode.startswith("100") else ""
+
+    def keep_proposal(self, name: str, approval: int, sha: str) -> str:
+        """Name an accepted commit after its approval; returns the ref."""
+        ref = f"refs/proposals/{approval}"
+        git("update-ref", ref, sha, cwd=self._config.repository(name))
+        return ref
+
+    def diff(self, name: str, base: str | None, sha: str) -> str:
+        """A unified diff, made once; what is longer than `DIFF_MAX` says so at its end."""
+        options = ("--no-color", "--no-ext-diff", "--no-textconv", "--full-index", "--find-renames")
+        raw = git("diff", *options, base or EMPTY_TREE, sha, "--", cwd=self._config.repository(name))
+        text = raw[:DIFF_MAX].decode(errors="replace")
+        return text if len(raw) <= DIFF_MAX else text + f"\n… ({len(raw) - DIFF_MAX} bytes more)\n"
+
+    def bundle(self, name: str) -> tuple[bytes, str]:
+        """`main` as a bundle, and its sha."""
+        sha = self.head(name)
+        if sha is None:
+            raise Refused("not_found", f"{name} has no config yet")
+        return git("bundle", "create", "--quiet", "-", "refs/heads/main", cwd=self._config.repository(name)), sha
+
+    def mark_deployed(self, name: str, sha: str, deploy: int) -> None:
+        folder = self._config.repository(name)
+        git("update-ref", "refs/heads/main", sha, cwd=folder)
+        git("update-ref", f"refs/tags/deployed/{deploy}", sha, cwd=folder)
+
+    def remove(self, name: str) -> None:
+        remove_tree(self._config.repository(name))
+
+
+def first_diff(text: str) -> str:
+    """The diff of a config that does not exist yet: all additions, as git would show it."""
+    lines = text.splitlines()
+    added = "".join(f"+{line}\n" for line in lines)
+    head = "diff --git a/agent.nix b/agent.nix\nnew file mode 100644\n--- /dev/null\n+++ b/agent.nix\n"
+    return f"{head}@@ -0,0 +1,{len(lines)} @@\n{added}"
+
+
+def diff_files(diff: str) -> list[Json]:
+    """What a diff touches: [{path, added, removed}]."""
+    files: list[Json] = []
+    for line in diff.splitlines():
+        if line.startswith("diff --git "):
+            files.append({"path": line.rpartition(" b/")[2], "added": 0, "removed": 0})
+        elif files and line.startswith("+") and not line.startswith("+++ "):
+            files[-1]["added"] += 1
+        elif files and line.startswith("-") and not line.startswith("--- "):
+            files[-1]["removed"] += 1
+    return files
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder that an agent may have filled: links are removed, never followed."""
+    if not shutil.rmtree.avoids_symlink_attacks:
+        raise Refused("unsupported", "this Python can't delete a tree safely here")
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise Refused("storage", f"can't remove {folder}: {error}") from None
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Approvals
+# ──────────────────────────────────────────────────────────────────────────────
+# pending → approved | denied | cancelled | failed. Each step is one transaction that holds the row, the
+# audit and the message to whoever asked; approving also queues the deploy in it, so that approving
+# twice, or dying right after, is still one deploy. The phase of an approval is its deploy's: it is
+# stored once, there.
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What somebody asks the operator for."""
+
+    kind: Kind
+    agent: str
+    description: str | None = None
+    detail: Json = dataclasses.field(default_factory=dict)
+    sha: str | None = None
+    base_sha: str | None = None
+    diff: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for requests that ask for the same thing, whatever their reason says."""
+        same = json.dumps([self.kind, self.agent, self.sha, self.detail], sort_keys=True)
+        return hashlib.sha256(same.encode()).hexdigest()
+
+
+class Approvals:
+    def __init__(self, config: Config, store: Store, broker: Broker) -> None:
+        self._config, self._store, self._broker = config, store, broker
+        self.on_deploy: Callable[[], None] = lambda: None
+
+    def check_spawn(self, tx: Tx, name: str) -> sqlite3.Row | None:
+        """The row of a kept agent that this would revive. Refuses a living namesake and a taken port."""
+        row = tx.one("SELECT * FROM agents WHERE name = ?", name)
+        if row is not None and not row["kept"]:
+            raise Refused("conflict", f"there is an agent {name!r} already", "choose another name")
+        port = self._config.port_of(name)
+        others = [other["name"] for other in tx.execute("SELECT name FROM agents WHERE name != ?", name)]
+        taken = {self._config.port_of(other): other for other in others}
+        if port in taken:
+            free = [f"{name[: NAME_MAX - 1]}{n}" for n in range(2, 10)]
+            free = [word for word in free if self._config.port_of(word) not in taken and word not in others]
+            raise Refused(
+                "port_taken",
+                f"the page of {name!r} would have port {port}, which is that of {taken[port]!r}",
+                f"these names are free: {', '.join(free[:3])}",
+            )
+        return row
+
+    def request(self, actor: Actor, request: Request) -> int:
+        """File a request; returns its id, or that of the same request when one is pending."""
+
+        def work(tx: Tx) -> int:
+            same = tx.value(
+                "SELECT id FROM approvals WHERE fingerprint = ? AND status = 'pending'", request.fingerprint
+            )
+            if same is not None:
+                return int(same)
+            self._check(tx, request)
+            approval = tx.insert(
+                "approvals",
+                kind=request.kind,
+                agent=request.agent,
+                detail=json.dumps(request.detail),
+                description=request.description,
+                requested_by=actor.name,
+                requested_at=now_ms(),
+                fingerprint=request.fingerprint,
+                fetched_sha=request.sha,
+                base_sha=request.base_sha,
+                diff=request.diff,
+            )
+            if request.kind is Kind.APPLY:
+                ref = f"refs/proposals/{approval}"
+                tx.execute("UPDATE approvals SET commit_ref = ? WHERE id = ?", ref, approval)
+            tx.audit(actor, f"request_{request.kind}", request.agent, f"approval {approval}")
+            tx.changed("approval", approval)
+            return approval
+
+        return self._store.write(work)
+
+    def _check(self, tx: Tx, request: Request) -> None:
+        limit = self._config.limits.pending_approvals
+        if tx.value("SELECT count(*) FROM approvals WHERE status = 'pending'") >= limit:
+            raise Refused("too_many", f"{limit} requests wait for the operator already", "wait, or cancel one")
+        if request.kind is Kind.INPUTS:
+            raise Refused(
+                "unsupported", "the agents of this hive are plain processes: they have no flake inputs to update"
+            )
+        if request.kind is Kind.SPAWN:
+            self.check_spawn(tx, request.agent)
+            other = tx.value(
+                "SELECT id FROM approvals WHERE kind = 'spawn' AND agent = ? AND status = 'pending'", request.agent
+            )
+            if other is not None:
+                raise Refused(
+                    "conflict", f"request {other} to spawn {request.agent} is pending", "cancel that one first"
+                )
+        elif request.agent != EVERYONE and not tx.one(
+            "SELECT 1 FROM agents WHERE name = ? AND NOT kept", request.agent
+        ):
+            raise Refused("unknown_agent", f"there is no agent {request.agent!r}")
+
+    def approve(self, actor: Actor, approval: int, note: str | None = None, shown_sha: str | None = None) -> None:
+        """Approve once; doing it again changes nothing. `shown_sha` guards a page that shows something older."""
+
+        def work(tx: Tx) -> None:
+            row = self._row(tx, approval)
+            if row["status"] == Status.APPROVED:
+                return
+            self._must_be_pending(row)
+            if shown_sha is not None and shown_sha != row["fetched_sha"]:
+                raise Refused(
+                    "stale", f"request {approval} is for another commit than the one shown", "look at it again"
+                )
+            self._resolve(tx, actor, row, Status.APPROVED, note)
+            self._carry_out(tx, actor, row)
+
+        self._store.write(work)
+        self.on_deploy()
+
+    def deny(self, actor: Actor, approval: int, note: str | None = None) -> None:
+        def work(tx: Tx) -> None:
+            row = self._row(tx, approval)
+            if row["status"] == Status.DENIED:
+                return
+            self._must_be_pending(row)
+            self._resolve(tx, actor, row, Status.DENIED, note)
+
+        self._store.write(work)
+
+    def cancel(self, actor: Actor, approval: int) -> None:
+        def work(tx: Tx) -> None:
+            row = self._row(tx, approval)
+            if actor.name not in (row["requested_by"], OPERATOR):
+                raise Refused("forbidden", f"request {approval} was made by {row['requested_by']}, not by you")
+            self._must_be_pending(row)
+            self._resolve(tx, actor, row, Status.CANCELLED, None)
+
+        self._store.write(work)
+
+    def fail(self, tx: Tx, approval: int, error: str, *, note: str | None = None) -> None:
+        """The deploy went wrong, or what it was for is gone."""
+        row = self._row(tx, approval)
+        tx.execute("UPDATE approvals SET error = ? WHERE id = ?", error, approval)
+        self._resolve(tx, SYSTEM_ACTOR, row, Status.FAILED, note or row["note"], error)
+
+    def fail_orphans(self) -> None:
+        """Pending requests for agents whose state folder is gone can't be carried out any more."""
+        pending = self._store.rows(
+            "SELECT a.id, a.agent FROM approvals a JOIN agents g ON g.name = a.agent"
+            " WHERE a.status = 'pending' AND NOT g.kept AND g.deployed_sha NOT NULL"
+        )
+        for row in pending:
+            if not self._config.agent_dir(row["agent"]).is_dir():
+                self._store.write(functools.partial(self._orphan, approval=row["id"]))
+
+    def _orphan(self, tx: Tx, approval: int) -> None:
+        if self._row(tx, approval)["status"] == Status.PENDING:
+            self.fail(tx, approval, "agent state dir missing", note="agent state dir missing")
+
+    def _row(self, tx: Tx, approval: int) -> sqlite3.Row:
+        row = tx.one("SELECT * FROM approvals WHERE id = ?", approval)
+        if row is None:
+            raise Refused("not_found", f"there is no request {approval}", "`pending` lists those that wait")
+        return row
+
+    @staticmethod
+    def _must_be_pending(row: sqlite3.Row) -> None:
+        if row["status"] != Status.PENDING:
+            by = f" by {row['resolved_by']}" if row["resolved_by"] else ""
+            raise Refused("conflict", f"request {row['id']} was {row['status']} already{by}")
+
+    def _resolve(
+        self, tx: Tx, actor: Actor, row: sqlite3.Row, status: Status, note: str | None, error: str | None = None
+    ) -> None:
+        tx.execute(
+            "UPDATE approvals SET status = ?, note = ?, resolved_at = ?, resolved_by = ? WHERE id = ?",
+            status,
+            note,
+            now_ms(),
+            actor.name,
+            row["id"],
+        )
+        tx.audit(actor, status, f"approval {row['id']}", error or note or "ok")
+        tx.changed("approval", row["id"])
+        tx.changed("agent", row["agent"])
+        if row["requested_by"] in (actor.name, OPERATOR):
+            return
+        body = f"Your request {row['id']} ({row['kind']} {row['agent']}) was {status}."
+        body += f" The operator's note: {note}" if note and error is None else ""
+        body += f" What went wrong: {error}" if error else ""
+        self._broker.tell(
+            tx,
+            row["requested_by"],
+            "approval_resolved",
+            body,
+            approval=row["id"],
+            kind=row["kind"],
+            agent=row["agent"],
+            status=str(status),
+            note=note,
+            sha=row["fetched_sha"],
+        )
+
+    def _carry_out(self, tx: Tx, actor: Actor, row: sqlite3.Row) -> None:
+        """What approval means for each kind."""
+        kind, detail = Kind(row["kind"]), json.loads(row["detail"])
+        if kind is Kind.SPAWN:
+            self.admit(tx, row["agent"], row["description"] or "", row["requested_by"])
+            queue_deploy(tx, row["agent"], "spawn", approval=row["id"])
+        elif kind is Kind.APPLY:
+            queue_deploy(tx, row["agent"], "apply", sha=row["fetched_sha"], approval=row["id"])
+        elif kind is Kind.SCHEDULE:
+            self._broker.add_schedule(
+                tx, actor, detail["to"], detail["body"], detail["first_at"], detail.get("every_s")
+            )
+
+    def admit(self, tx: Tx, name: str, description: str, parent: str) -> None:
+        """Make the agent's row, or revive a kept one. Its folders and container come with the deploy."""
+        kept = self.check_spawn(tx, name)
+        if kept is None:
+            tx.insert(
+                "agents",
+                name=name,
+                description=description,
+                parent=None if parent == OPERATOR else parent,
+                created_at=now_ms(),
+                state_since=now_ms(),
+            )
+        else:
+            tx.execute(
+                "UPDATE agents SET kept = 0, wanted = 1, paused = 0, failed = NULL, state = 'offline', state_since = ?,"
+                " state_reason = NULL, description = CASE WHEN ?2 = '' THEN description ELSE ?2 END WHERE name = ?3",
+                now_ms(),
+                description,
+                name,
+            )
+        tx.changed("agent", name)
+
+
+def queue_deploy(tx: Tx, agent: str, kind: str, *, sha: str | None = None, approval: int | None = None) -> int:
+    deploy = tx.insert("deploys", agent=agent, kind=kind, sha=sha, approval=approval, requested_at=now_ms())
+    tx.changed("deploy", deploy)
+    return deploy
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Containers
+# ──────────────────────────────────────────────────────────────────────────────
+# One small interface. `process` runs each harness as a child of this daemon: no isolation, and it says
+# so. A child outlives a daemon that is killed; the next one finds it by its note (pid and start time),
+# so that no turn is lost and no agent runs twice.
+
+
+@dataclasses.dataclass(frozen=True)
+class ContainerState:
+    running: bool
+    exit_status: int | None = None  # of the last run, where it is known
+
+
+class Containers(Protocol):
+    """What the hive needs of whatever runs its agents. All may raise `Refused`."""
+
+    label: str
+
+    def create(self, name: str) -> None: ...
+    def update(self, name: str) -> None: ...
+    def start(self, name: str) -> None: ...
+    def stop(self, name: str, *, graceful: bool) -> None: ...
+    def destroy(self, name: str) -> None: ...
+    def states(self) -> dict[str, ContainerState]: ...
+    def log(self, name: str, lines: int, after: str | None) -> tuple[list[str], str]: ...
+    def leave(self) -> None: ...
+
+
+@dataclasses.dataclass
+class _Running:
+    """A harness process: our child, or one that a daemon before us started."""
+
+    pid: int
+    started: int
+    child: subprocess.Popen[bytes] | None
+
+    def status(self) -> int | None:
+        """None while it runs; its exit status, or -1 where somebody else reaps it."""
+        if self.child is not None:
+            return self.child.poll()
+        return None if start_time_of(self.pid) == self.started else -1
+
+    def wait(self, timeout_s: float) -> bool:
+        end = time.monotonic() + timeout_s
+        while self.status() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        return self.status() is not None
+
+
+class ProcessContainers:
+    label = "process"
+    GRACE_S: Final = 12.0  # a harness promises to end in 10
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._running: dict[str, _Running] = {}
+        self._lock = threading.RLock()
+        self._notes = config.runtime_dir / "processes"
+        self._notes.mkdir(mode=0o700, exist_ok=True)
+        for note in self._notes.glob("*.json"):
+            self._adopt(note)
+
+    def _adopt(self, note: Path) -> None:
+        try:
+            known = json.loads(note.read_text())
+            running = _Running(int(known["pid"]), int(known["started"]), None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("ignoring the note %s: %s", note, error)
+            return
+        if running.status() is None:
+            self._running[note.stem] = running
+        else:
+            self._sweep(note.stem)
+            note.unlink()
+
+    def create(self, name: str) -> None:
+        """Nothing to build: the folders are the agent's life cycle's."""
+
+    def update(self, name: str) -> None:
+        """The config is recorded; a process has nothing to switch but itself."""
+        self.stop(name, graceful=True)
+
+    def start(self, name: str) -> None:
+        with self._lock:
+            known = self._running.get(name)
+            if known and known.status() is None:
+                return
+            self._sweep(name)
+            child = self._launch(name)
+            started = start_time_of(child.pid) or 0
+            self._running[name] = _Running(child.pid, started, child)
+            write_atomically(self._note(name), json.dumps({"pid": child.pid, "started": started}))
+
+    def _launch(self, name: str) -> subprocess.Popen[bytes]:
+        log_file = self._config.agent_log(name)
+        log_file.parent.mkdir(mode=0o700, exist_ok=True)
+        if log_file.exists() and log_file.stat().st_size > 8 * 1024 * 1024:
+            log_file.replace(log_file.with_suffix(".log.1"))
+        with log_file.open("ab") as output:
+            return subprocess.Popen(
+                [sys.executable, str(HERE / "harness.py"), "run"],
+                env=self._environment(name),
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def _environment(self, name: str) -> dict[str, str]:
+        folder = self._config.agent_dir(name)
+        passed = (
+            "PATH",
+            "LANG",
+            "LC_ALL",
+            "TZ",
+            "HYPERHIVE_REHEARSAL_SPEED",
+            "HYPERHIVE_BACKOFF_S",
+            "HYPERHIVE_TEST_MARK",
+        )
+        return {
+            **{key: os.environ[key] for key in passed if key in os.environ},
+            "HOME": str(folder),
+            "CLAUDE_CONFIG_DIR": str(folder / "claude"),
+            "PYTHONUNBUFFERED": "1",
+            "HYPERHIVE_SOCKET": str(self._config.agent_socket(name)),
+            "HYPERHIVE_STATE": str(folder / "state"),
+            "HYPERHIVE_SHARED": str(self._config.shared_dir),
+            "HYPERHIVE_OPERATOR": str(self._config.operator_dir),
+            "HYPERHIVE_CLAUDE": self._config.claude,
+            "HYPERHIVE_EXTRA_PROMPT": self._config.extra_prompt,
+            **({"HYPERHIVE_REHEARSAL": "1"} if self._config.rehearsal else {}),
+        }
+
+    def _note(self, name: str) -> Path:
+        return self._notes / f"{name}.json"
+
+    def stop(self, name: str, *, graceful: bool) -> None:
+        with self._lock:
+            running = self._running.get(name)
+            if running and running.status() is None:
+                self._signal(running, signal.SIGTERM if graceful else signal.SIGKILL)
+                if not running.wait(self.GRACE_S):
+                    self._signal(running, signal.SIGKILL)
+                    running.wait(2.0)
+            self._sweep(name)
+            self._running.pop(name, None)
+            self._note(name).unlink(missing_ok=True)
+
+    @staticmethod
+    def _signal(running: _Running, number: int) -> None:
+        if running.status() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(running.pid, number)
+
+    def _sweep(self, name: str) -> None:
+        """Kill what a dead harness left: Claude and its tools run in sessions of their own."""
+        for pid in processes_with(f"HYPERHIVE_SOCKET={self._config.agent_socket(name)}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def destroy(self, name: str) -> None:
+        self.stop(name, graceful=True)
+
+    def states(self) -> dict[str, ContainerState]:
+        with self._lock:
+            found = {name: running.status() for name, running in self._running.items()}
+        return {name: ContainerState(status is None, status) for name, status in found.items()}
+
+    def log(self, name: str, lines: int, after: str | None) -> tuple[list[str], str]:
+        """The last lines, or those written since the cursor; and the new cursor."""
+        path = self._config.agent_log(name)
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                begin = int(after) if after and after.isdigit() and int(after) <= size else max(0, size - 256 * 1024)
+                file.seek(begin)
+                raw = file.read(1024 * 1024)
+        except FileNotFoundError:
+            return [], "0"
+        whole = raw[: raw.rfind(b"\n") + 1] if after else raw
+        text = whole.decode(errors="replace").splitlines()
+        return text[-lines:], str(begin + len(whole))
+
+    def leave(self) -> None:
+        """The daemon ends: its children end with it, all at once."""
+        threads = [
+            threading.Thread(target=self.stop_quietly, args=(name,), name=f"stop-{name}")
+            for name in list(self._running)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def stop_quietly(self, name: str) -> None:
+        running = self._running.get(name)
+        if running is not None:
+            self._signal(running, signal.SIGTERM)
+            running.wait(self.GRACE_S)
+        try:
+            self.stop(name, graceful=False)
+        except Refused as error:
+            log.warning("stopping %s: %s", name, error)
+
+
+def make_containers(config: Config) -> Containers:
+    if config.containers == "process":
+        return ProcessContainers(config)
+    raise Refused(
+        "usage",
+        "how should agents run? This version knows one way: process",
+        "say --containers process (agents are then plain processes of this user, without isolation)",
+    )
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Agents
+# ──────────────────────────────────────────────────────────────────────────────
+# Life cycle. `wanted` in the table says what should be; the watch compares it with what runs. A stop of
+# ours clears `wanted` first, so that it can never be taken for a crash.
+
+
+class Agents:
+    """Start, stop, watch, destroy. `doors` opens and closes an agent's socket."""
+
+    def __init__(self, config: Config, store: Store, broker: Broker, containers: Containers) -> None:
+        self._config, self._store, self._broker, self.containers = config, store, broker, containers
+        self.open_door: Callable[[str], None] = lambda name: None
+        self.close_door: Callable[[str], None] = lambda name: None
+        self.connected: dict[str, int] = {}  # agents whose harness has said hello → connections
+        self.running: frozenset[str] = frozenset()
+        self.busy: set[str] = set()  # being deployed: not the watch's business
+        self._locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
+        self._crashes: dict[str, deque[int]] = defaultdict(deque)
+
+    def prepare(self, name: str) -> None:
+        """Folders, page token and socket; harmless to repeat. They exist before the agent does."""
+        for folder in (self._config.shared_dir, self._config.operator_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._config.shared_dir.chmod(0o770)
+        for leaf in ("claude", "state"):
+            (self._config.agent_dir(name) / leaf).mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._config.agent_dir(name).chmod(0o700)
+        runtime = self._config.agent_runtime(name)
+        runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not (runtime / "ui-token").exists():
+            write_atomically(runtime / "ui-token", secrets.token_urlsafe(32))
+        if self._config.environment_file:
+            write_atomically(runtime / "environment", Path(self._config.environment_file).read_text())
+        self.open_door(name)
+
+    def page_url(self, name: str) -> str:
+        try:
+            token = (self._config.agent_runtime(name) / "ui-token").read_text()
+        except OSError:
+            token = ""
+        return f"http://{self._config.page_host}:{self._config.port_of(name)}/" + (f"#token={token}" if token else "")
+
+    def living(self, name: str) -> sqlite3.Row:
+        row = self._store.row("SELECT * FROM agents WHERE name = ? AND NOT kept", name)
+        if row is None:
+            raise Refused("unknown_agent", f"there is no agent {name!r}", "`list` shows who is there")
+        return row
+
+    def _ready(self, name: str) -> None:
+        row = self.living(name)
+        if name in self.busy or row["deployed_sha"] is None:
+            raise Refused("conflict", f"{name} is being deployed", "try again when that is over")
+
+    def start(self, actor: Actor, name: str) -> None:
+        self._ready(name)
+        with self._locks[name]:
+            self._want(actor, name, "start", wanted=True)
+            self._crashes[name].clear()
+            self.prepare(name)
+            self.containers.start(name)
+        self.look()
+
+    def stop(self, actor: Actor, name: str, *, graceful: bool = True) -> None:
+        self._ready(name)
+        with self._locks[name]:
+            self._want(actor, name, "stop" if graceful else "kill", wanted=False)
+            self.containers.stop(name, graceful=graceful)
+        self.look()
+
+    def restart(self, actor: Actor, name: str) -> None:
+        self._ready(name)
+        with self._locks[name]:
+            self._want(actor, name, "restart", wanted=False)
+            self.containers.stop(name, graceful=True)
+            self._crashes[name].clear()
+            self.prepare(name)
+            self._store.write(lambda tx: self._revive(tx, name))
+            self.containers.start(name)
+        self.look()
+
+    def _revive(self, tx: Tx, name: str) -> None:
+        tx.execute("UPDATE agents SET wanted = 1, failed = NULL WHERE name = ?", name)
+        tx.changed("agent", name)
+        self._broker.tell(tx, name, "restarted", "You were restarted; your notes are in /state.")
+
+    def _want(self, actor: Actor, name: str, what: str, *, wanted: bool) -> None:
+        def work(tx: Tx) -> None:
+            tx.execute("UPDATE agents SET wanted = ?, failed = NULL WHERE name = ?", int(wanted), name)
+            tx.audit(actor, what, name)
+            tx.changed("agent", name)
+
+        self._store.write(work)
+
+    def destroy(self, actor: Actor, name: str, *, purge: bool) -> None:
+        """Remove the container; keep notes, sign-in, config and mail, or with `purge` wipe all of it."""
+        if name == MANAGER:
+            raise Refused("forbidden", "the manager can't be destroyed", "stop it, if it should rest")
+        row = self._store.row("SELECT kept FROM agents WHERE name = ?", name)
+        if row is None or (row["kept"] and not purge):
+            raise Refused("unknown_agent", f"there is no agent {name!r}", "`list` shows who is there")
+        if name in self.busy:
+            raise Refused("conflict", f"{name} is being deployed", "try again when that is over")
+        with self._locks[name]:
+            self._store.write(lambda tx: self._retire(tx, actor, name, purge=purge))
+            self.containers.destroy(name)
+            self.close_door(name)
+            remove_tree(self._config.agent_runtime(name))
+            if purge:
+                self._wipe(name)
+        self.look()
+
+    def _retire(self, tx: Tx, actor: Actor, name: str, *, purge: bool) -> None:
+        tx.execute(
+            "UPDATE agents SET kept = 1, wanted = 0, failed = NULL, state = 'offline', state_since = ?,"
+            " status_text = NULL, status_set_at = NULL, state_reason = NULL WHERE name = ?",
+            now_ms(),
+            name,
+        )
+        for row in tx.execute("SELECT id FROM approvals WHERE agent = ? AND status = 'pending'", name).fetchall():
+            tx.execute(
+                "UPDATE approvals SET status = 'failed', note = 'agent destroyed', resolved_at = ?, resolved_by = ?"
+                " WHERE id = ?",
+                now_ms(),
+                SYSTEM,
+                row["id"],
+            )
+            tx.changed("approval", row["id"])
+        tx.audit(actor, "purge" if purge else "destroy", name)
+        tx.changed("agent", name)
+
+    def _wipe(self, name: str) -> None:
+        """Folders first: if we die in between, the row still says that the name has something to wipe."""
+        remove_tree(self._config.agent_dir(name))
+        remove_tree(self._config.repository(name))
+        for suffix in ("log", "log.1"):
+            self._config.agent_log(name).with_suffix(f".{suffix}").unlink(missing_ok=True)
+
+        def work(tx: Tx) -> None:
+            self._broker.close_mail(tx, name)
+            tx.execute("DELETE FROM events WHERE agent = ?", name)
+            tx.execute("DELETE FROM agents WHERE name = ?", name)
+            tx.changed("agent", name)
+
+        self._store.write(work)
+
+    def recover(self) -> None:
+        """At start: open every door, start what should run."""
+        for row in self._store.rows("SELECT * FROM agents WHERE NOT kept AND deployed_sha NOT NULL ORDER BY name"):
+            try:
+                self.prepare(row["name"])
+                if row["wanted"]:
+                    self.containers.start(row["name"])
+            except (Refused, OSError) as error:
+                log.error("can't start %s: %s", row["name"], error)
+        self.look()
+
+    def look(self) -> None:
+        """Compare what runs with what should: called each tick, and after each change of ours."""
+        states = self.containers.states()
+        running = frozenset(name for name, state in states.items() if state.running)
+        changed, self.running = running ^ self.running, running
+        if changed:
+            self._store.write(lambda tx: tx.changes.extend(("agent", name) for name in sorted(changed)))
+        for row in self._store.rows("SELECT name FROM agents WHERE wanted AND NOT kept AND deployed_sha NOT NULL"):
+            name = row["name"]
+            if name not in running and name not in self.busy and self._locks[name].acquire(blocking=False):
+                try:
+                    self._crashed(name, states.get(name))
+                finally:
+                    self._locks[name].release()
+
+    def _crashed(self, name: str, state: ContainerState | None) -> None:
+        row = self._store.row("SELECT wanted FROM agents WHERE name = ?", name)
+        if row is None or not row["wanted"] or self.containers.states().get(name, ContainerState(False)).running:
+            return  # somebody was faster
+        recent = self._crashes[name]
+        recent.append(now_ms())
+        while recent and recent[0] < now_ms() - CRASH_WINDOW_MS:
+            recent.popleft()
+        give_up = len(recent) >= self._config.limits.crashes
+        status = "" if state is None or state.exit_status in (None, -1) else f" (status {state.exit_status})"
+        self._store.write(lambda tx: self._report_crash(tx, name, status, give_up=give_up, count=len(recent)))
+        if not give_up:
+            self.prepare(name)
+            self.containers.start(name)
+            self.running |= {name}
+
+    def _report_crash(self, tx: Tx, name: str, status: str, *, give_up: bool, count: int) -> None:
+        if give_up:
+            reason = f"its container stopped {count} times in ten minutes{status}"
+            tx.execute("UPDATE agents SET wanted = 0, failed = ? WHERE name = ?", reason, name)
+            text = f"{name} is stopped: {reason}. `logs {name}` shows its last words."
+        else:
+            text = f"The container of {name} stopped by itself{status} and was started again."
+        tx.audit(SYSTEM_ACTOR, "container_crash", name, text)
+        tx.changed("agent", name)
+        self._broker.tell(tx, OPERATOR, "container_crash", text, agent=name)
+        if name != MANAGER:
+            self._broker.tell_manager(tx, "container_crash", text, agent=name)
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Deploys
+# ──────────────────────────────────────────────────────────────────────────────
+# A deploy is a row: queued → building → switching → deployed | failed. Workers take the oldest whose
+# agent has none running; a daemon that starts puts back what its predecessor left half done, so each
+# step must be harmless to repeat. `main` moves only when the agent's harness has said hello.
+
+DEPLOYS_AT_ONCE: Final = 2
+
+
+class Deploys:
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        broker: Broker,
+        approvals: Approvals,
+        repositories: Repositories,
+        agents: Agents,
+    ) -> None:
+        self._config, self._store, self._broker = config, store, broker
+        self._approvals, self._repositories, self._agents = approvals, repositories, agents
+        self._wake = threading.Condition()
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+
+    def begin(self) -> None:
+        """Put back what was under way, then work."""
+        self._store.write(
+            lambda tx: tx.execute("UPDATE deploys SET phase = 'queued' WHERE phase IN ('building', 'switching')")
+        )
+        for number in range(DEPLOYS_AT_ONCE):
+            thread = threading.Thread(target=self._work, name=f"deploy-{number}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def close(self) -> None:
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join(5)
+
+    def wake(self) -> None:
+        with self._wake:
+            self._wake.notify_all()
+
+    def spawn(self, actor: Actor, name: str, description: str = "") -> int:
+        """The operator's own: no approval. Returns the deploy's id."""
+
+        def work(tx: Tx) -> int:
+            self._approvals.admit(tx, name, description, actor.name)
+            tx.audit(actor, "spawn", name)
+            return queue_deploy(tx, name, "spawn")
+
+        deploy = self._store.write(work)
+        self.wake()
+        return deploy
+
+    def rebuild(self, actor: Actor, name: str) -> int:
+        row = self._agents.living(name)
+        return self._again(actor, name, "rebuild", row["deployed_sha"])
+
+    def rollback(self, actor: Actor, name: str) -> int:
+        """Deploy the commit that was deployed before the present one."""
+        row = self._agents.living(name)
+        before = self._store.row(
+            "SELECT sha FROM deploys WHERE agent = ? AND phase = 'deployed' AND sha != ? ORDER BY id DESC",
+            name,
+            row["deployed_sha"],
+        )
+        if before is None:
+            raise Refused("not_found", f"{name} has no earlier config to go back to")
+        return self._again(actor, name, "rollback", before["sha"])
+
+    def _again(self, actor: Actor, name: str, kind: str, sha: str | None) -> int:
+        if sha is None:
+            raise Refused("conflict", f"{name} was never deployed")
+
+        def work(tx: Tx) -> int:
+            tx.audit(actor, kind, name, sha)
+            return queue_deploy(tx, name, kind, sha=sha)
+
+        deploy = self._store.write(work)
+        self.wake()
+        return deploy
+
+    # -- the workers
+
+    def _work(self) -> None:
+        while (row := self._next()) is not None:
+            try:
+                self._carry_out(row)
+            except Exception as error:  # the worker must live on; the row says what happened
+                log.exception("deploy %d", row["id"])
+                with contextlib.suppress(Refused):
+                    self._fail(row, f"internal error: {error}")
+            finally:
+                with self._wake:
+                    self._agents.busy.discard(row["agent"])
+                    self._wake.notify_all()
+
+    def _next(self) -> sqlite3.Row | None:
+        with self._wake:
+            while not self._closed:
+                for row in self._store.rows("SELECT * FROM deploys WHERE phase = 'queued' ORDER BY id"):
+                    if row["agent"] not in self._agents.busy:
+                        self._agents.busy.add(row["agent"])
+                        return row
+                self._wake.wait()
+        return None
+
+    def _carry_out(self, row: sqlite3.Row) -> None:
+        name = row["agent"]
+        try:
+            self._phase(row, Phase.BUILDING)
+            sha = self._build(row)
+            self._phase(row, Phase.SWITCHING)
+            self._switch(row)
+        except (Refused, OSError) as error:
+            if self._closed:
+                return  # not its fault: the next start does it again
+            self._fail(row, str(error))
+            self._fall_back(row)
+        else:
+            self._repositories.mark_deployed(name, sha, row["id"])
+            self._store.write(lambda tx: self._succeed(tx, row, sha))
+            self._agents.look()
+
+    def _build(self, row: sqlite3.Row) -> str:
+        """Make everything that the container needs; returns the sha that it will run."""
+        name = row["agent"]
+        self._agents.prepare(name)
+        self._repositories.create(name)
+        sha = row["sha"] or self._first_commit(row)
+        self._store.write(lambda tx: tx.execute("UPDATE deploys SET sha = ? WHERE id = ?", sha, row["id"]))
+        self._say(row, f"config {sha[:12]}")
+        self._agents.containers.create(name)
+        return str(sha)
+
+    def _first_commit(self, row: sqlite3.Row) -> str:
+        """Of a spawn: the proposed config, else the one that was kept, else the template."""
+        proposed = None
+        if row["approval"] is not None:
+            detail = self._store.row("SELECT detail FROM approvals WHERE id = ?", row["approval"])
+            proposed = json.loads(detail["detail"]).get("config") if detail else None
+        kept = self._repositories.head(row["agent"])
+        if proposed is None and kept is not None:
+            return kept
+        return self._repositories.commit(
+            row["agent"], proposed or AGENT_TEMPLATE, f"The first config of {row['agent']}\n"
+        )
+
+    def _switch(self, row: sqlite3.Row) -> None:
+        name = row["agent"]
+        containers = self._agents.containers
+        containers.update(name)
+        self._agents.connected.pop(name, None)
+        self._say(row, "starting")
+        containers.start(name)
+        end = time.monotonic() + self._config.hello_s
+        while name not in self._agents.connected:
+            if self._closed or time.monotonic() > end or not containers.states()[name].running:
+                tail = "\n".join(containers.log(name, 20, None)[0])
+                raise Refused("internal", f"{name} did not say hello within {self._config.hello_s:g} s", tail)
+            time.sleep(0.05)
+        self._say(row, "the harness said hello")
+
+    def _succeed(self, tx: Tx, row: sqlite3.Row, sha: str) -> None:
+        name = row["agent"]
+        tx.execute("UPDATE deploys SET phase = 'deployed', ended_at = ? WHERE id = ?", now_ms(), row["id"])
+        tx.execute("UPDATE agents SET deployed_sha = ?, wanted = 1, failed = NULL WHERE name = ?", sha, name)
+        tx.audit(SYSTEM_ACTOR, "deployed", name, sha)
+        for kind, key in (("deploy", row["id"]), ("agent", name), ("approval", row["approval"])):
+            tx.changed(kind, key)
+        asked_by = tx.value("SELECT requested_by FROM approvals WHERE id = ?", row["approval"])
+        if asked_by is not None and asked_by != OPERATOR:
+            text = f"{name} is deployed and running ({row['kind']}, {sha[:12]})."
+            self._broker.tell(tx, asked_by, "deployed", text, agent=name, sha=sha, approval=row["approval"])
+        if row["kind"] != "spawn":
+            self._broker.tell(tx, name, "restarted", "You were restarted with a new config; your notes are in /state.")
+
+    def _fail(self, row: sqlite3.Row, error: str) -> None:
+        tail = [
+            line["line"]
+            for line in self._store.rows("SELECT line FROM deploy_log WHERE deploy = ? ORDER BY n", row["id"])
+        ]
+        text = "\n".join([error, *tail[-20:]])[-4000:]
+
+        def work(tx: Tx) -> None:
+            tx.execute(
+                "UPDATE deploys SET phase = 'failed', error = ?, ended_at = ? WHERE id = ?", text, now_ms(), row["id"]
+            )
+            tx.audit(SYSTEM_ACTOR, "deploy_failed", row["agent"], error)
+            tx.changed("deploy", row["id"])
+            if row["approval"] is not None:
+                self._approvals.fail(tx, row["approval"], text)
+
+        self._store.write(work)
+
+    def _fall_back(self, row: sqlite3.Row) -> None:
+        """Run what ran before; an agent that never ran is not there."""
+        name = row["agent"]
+        agent = self._store.row("SELECT deployed_sha, wanted FROM agents WHERE name = ?", name)
+        try:
+            if agent and agent["deployed_sha"] and row["kind"] != "spawn":
+                if agent["wanted"]:
+                    self._agents.containers.start(name)
+                return
+            self._agents.containers.destroy(name)
+            self._agents.close_door(name)
+            self._store.write(lambda tx: self._unspawn(tx, name))
+        except Refused as error:
+            log.error("falling back after deploy %d: %s", row["id"], error)
+
+    def _unspawn(self, tx: Tx, name: str) -> None:
+        """A first start that failed: back to what was there, a kept agent or nothing but its folders."""
+        tx.execute("UPDATE agents SET kept = 1, wanted = 0 WHERE name = ?", name)
+        tx.execute("DELETE FROM agents WHERE name = ? AND deployed_sha IS NULL", name)
+        tx.changed("agent", name)
+
+    def _phase(self, row: sqlite3.Row, phase: Phase) -> None:
+        def work(tx: Tx) -> None:
+            tx.execute(
+                "UPDATE deploys SET phase = ?, started_at = coalesce(started_at, ?) WHERE id = ?",
+                phase,
+                now_ms(),
+                row["id"],
+            )
+            tx.changed("deploy", row["id"])
+            tx.changed("approval", row["approval"])
+
+        self._store.write(work)
+        self._say(row, str(phase))
+
+    def _say(self, row: sqlite3.Row, line: str) -> None:
+        def work(tx: Tx) -> None:
+            number = tx.value("SELECT coalesce(max(n), 0) + 1 FROM deploy_log WHERE deploy = ?", row["id"])
+            tx.insert("deploy_log", deploy=row["id"], n=number, line=line)
+            tx.changed("deploy_log", (row["id"], line))
+
+        self._store.write(work)
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Views
+# ──────────────────────────────────────────────────────────────────────────────
+# Rows of the tables as the JSON that sockets, dashboard and live streams share. Only reading here.
+
+AGENT_SQL: Final = """
+    SELECT g.*,
+        (SELECT count(*) FROM messages WHERE recipient = g.name AND state IN ('queued', 'leased')) AS unread,
+        (SELECT count(*) FROM reminders WHERE agent = g.name) AS pending_reminders,
+        (SELECT coalesce(sum(cost_usd), 0) FROM usage WHERE day = ? AND agent = g.name) AS cost_today
+    FROM agents g
+"""
+APPROVAL_SQL: Final = "SELECT a.*, d.id AS deploy, d.phase FROM approvals a LEFT JOIN deploys d ON d.approval = a.id"
+LIVE_PHASES: Final = ("queued", "building", "switching")
+WORRIES: Final = {  # system messages to the operator that stay on the screen until they are read
+    "dead_letter": "dead_letter",
+    "container_crash": "failed",
+    "paused": "paused",
+    "budget_reached": "budget",
+}
+
+
+class Views:
+    def __init__(self, config: Config, store: Store, agents: Agents) -> None:
+        self._config, self._store, self._agents = config, store, agents
+
+    # -- agents
+
+    def agents(self, name: str | None = None, *, kept: bool = False) -> list[Json]:
+        where = " WHERE (? IS NULL OR g.name = ?) AND (g.kept = 0 OR ?) ORDER BY g.name != 'manager', g.name"
+        rows = self._store.rows(AGENT_SQL + where, day_of(now_ms()), name, name, int(kept))
+        return [self._agent(row) for row in rows]
+
+    def _agent(self, row: sqlite3.Row) -> Json:
+        running = row["name"] in self._agents.running
+        state, since = self._state(row, running)
+        return self._status_fields(row, running) | without_none(
+            state=state,
+            state_since=rfc3339(since),
+            state_reason=row["failed"] or row["state_reason"],
+            until=when(row["state_until"]),
+            description=row["description"] or None,
+            port=self._config.port_of(row["name"]),
+            unread=row["unread"],
+            cost_today_usd=round(row["cost_today"], 6),
+            daily_budget_usd=self._config.daily_budget_usd or None,
+            context_tokens=row["context_tokens"],
+            context_window=row["context_window"],
+            login=None if row["login"] is None else json.loads(row["login"]),
+            signed_in_until=when(row["signed_in_until"]),
+            manager=row["name"] == MANAGER,
+            kept=bool(row["kept"]),
+            rehearsal=self._config.rehearsal or None,
+        )
+
+    def _status_fields(self, row: sqlite3.Row, running: bool) -> Json:
+        """A row of `agent_status`, exactly: desktop clients read it."""
+        return without_none(
+            name=row["name"],
+            running=running,
+            failed=bool(row["failed"]) or (running and row["state"] == HarnessState.FAILED),
+            needs_update=False,  # a process runs the code that lies here: there is nothing older to update
+            needs_login=row["state"] in (HarnessState.NEEDS_LOGIN, HarnessState.SIGNING_IN),
+            deployed_sha=None if row["deployed_sha"] is None else row["deployed_sha"][:12],
+            pending_reminders=row["pending_reminders"],
+            paused=bool(row["paused"]),
+            parent=row["parent"],
+            active_model=row["active_model"],
+            status_text=row["status_text"] if running else None,
+            status_set_at=when(row["status_set_at"]) if running else None,
+            url=self._agents.page_url(row["name"]),
+        )
+
+    def _state(self, row: sqlite3.Row, running: bool) -> tuple[str, int]:
+        """One word for a person, by urgency; the flags beside it are independent of each other."""
+        said, since = row["state"], row["state_since"]
+        if row["failed"] or (running and said == HarnessState.FAILED):
+            return "failed", since
+        if said in (HarnessState.NEEDS_LOGIN, HarnessState.SIGNING_IN, HarnessState.RATE_LIMITED) and running:
+            return said, since
+        if row["paused"]:
+            return "paused", since
+        if not running:
+            return ("starting" if row["name"] in self._agents.busy else "stopped"), since
+        return ("idle" if said == HarnessState.PAUSED else said), since
+
+    def agent_statuses(self, name: str | None = None) -> list[Json]:
+        rows = self._store.rows(
+            AGENT_SQL + " WHERE (? IS NULL OR g.name = ?) AND g.kept = 0 ORDER BY g.name", day_of(now_ms()), name, name
+        )
+        return [self._status_fields(row, row["name"] in self._agents.running) for row in rows]
+
+    def peers(self) -> list[Json]:
+        """What agents may know of each other."""
+        keys = ("name", "state", "status_text", "description")
+        return [{key: row[key] for key in keys if key in row} for row in self.agents()]
+
+    # -- approvals, questions, messages
+
+    def approvals(self, status: str | None = None) -> list[Json]:
+        rows = self._store.rows(
+            APPROVAL_SQL + " WHERE ? IS NULL OR a.status = ? ORDER BY a.id DESC LIMIT 500", status, status
+        )
+        return [self._approval(row) for row in rows]
+
+    def open_approvals(self) -> list[Json]:
+        where = " WHERE a.status = 'pending' OR (a.status = 'approved' AND d.phase IN (?, ?, ?)) ORDER BY a.id"
+        return [self._approval(row) for row in self._store.rows(APPROVAL_SQL + where, *LIVE_PHASES)]
+
+    def approval(self, approval: int, *, diff: bool = False) -> Json:
+        row = self._store.row(APPROVAL_SQL + " WHERE a.id = ?", approval)
+        if row is None:
+            raise Refused("not_found", f"there is no request {approval}", "`pending` lists those that wait")
+        shown = self._approval(row)
+        return shown | {"diff": row["diff"], "files": diff_files(row["diff"])} if diff else shown
+
+    def _approval(self, row: sqlite3.Row) -> Json:
+        detail = json.loads(row["detail"])
+        schedule = None
+        if row["kind"] == Kind.SCHEDULE:
+            first = rfc3339(detail["first_at"])
+            schedule = {key: value for key, value in detail.items() if key != "first_at"} | {"first": first}
+        return without_none(
+            id=row["id"],
+            agent=row["agent"],
+            kind=row["kind"],
+            commit_ref=row["commit_ref"],
+            fetched_sha=row["fetched_sha"],
+            base_sha=row["base_sha"],
+            requested_at=rfc3339(row["requested_at"]),
+            requested_by=row["requested_by"],
+            status=row["status"],
+            resolved_at=when(row["resolved_at"]),
+            resolved_by=row["resolved_by"],
+            note=row["note"],
+            description=row["description"],
+            phase=row["phase"],
+            error=row["error"],
+            deploy_id=row["deploy"],
+            schedule=schedule,
+        )
+
+    def questions(self, *, status: str | None = None, who: str | None = None, number: int | None = None) -> list[Json]:
+        rows = self._store.rows(
+            "SELECT * FROM questions WHERE (?1 IS NULL OR status = ?1) AND (?2 IS NULL OR asker = ?2 OR target = ?2)"
+            " AND (?3 IS NULL OR id = ?3) ORDER BY id DESC LIMIT 500",
+            status,
+            who,
+            number,
+        )
+        return [self._question(row) for row in rows]
+
+    def _question(self, row: sqlite3.Row) -> Json:
+        return without_none(
+            id=row["id"],
+            **{"from": row["asker"]},
+            to=row["target"],
+            question=row["question"],
+            options=None if row["options"] is None else json.loads(row["options"]),
+            multi=True if row["multi"] else None,
+            asked_at=rfc3339(row["asked_at"]),
+            expires_at=when(row["expires_at"]),
+            status=row["status"],
+            answer=row["answer"],
+            answered_by=row["answered_by"],
+            answered_at=when(row["answered_at"]),
+        )
+
+    def reminders(self, agent: str) -> list[Json]:
+        rows = self._store.rows("SELECT * FROM reminders WHERE agent = ? ORDER BY due_at, id", agent)
+        return [{"id": row["id"], "body": row["body"], "due_at": rfc3339(row["due_at"])} for row in rows]
+
+    def schedules(self) -> list[Json]:
+        return [
+            without_none(
+                id=row["id"],
+                to=row["recipient"],
+                body=row["body"],
+                first=rfc3339(row["first_at"]),
+                every_s=None if row["every_ms"] is None else row["every_ms"] / 1000,
+                next=when(row["next_at"]),
+                created_by=row["created_by"],
+            )
+            for row in self._store.rows("SELECT * FROM schedules ORDER BY id")
+        ]
+
+    def messages(self, *, before: int | None = None, most: int = 100, who: str | None = None) -> list[Json]:
+        """The newest below an id, oldest first."""
+        rows = self._store.rows(
+            "SELECT * FROM messages WHERE (?1 IS NULL OR id < ?1) AND (?2 IS NULL OR sender = ?2 OR recipient = ?2)"
+            " ORDER BY id DESC LIMIT ?3",
+            before,
+            who,
+            most,
+        )
+        return [self._message(row) for row in reversed(rows)]
+
+    @staticmethod
+    def _message(row: sqlite3.Row) -> Json:
+        return message_json(row) | without_none(state=row["state"], acked_at=when(row["resolved_at"]))
+
+    def inbox(self, name: str, *, most: int, unread: bool) -> list[Json]:
+        where = "recipient = ? AND state = 'queued'" if unread else "recipient = ?"
+        rows = self._store.rows(f"SELECT * FROM messages WHERE {where} ORDER BY id DESC LIMIT ?", name, most)  # noqa: S608
+        return [self._message(row) for row in reversed(rows)]
+
+    # -- deploys, usage, audit, events
+
+    def deploys(self, *, agent: str | None = None, most: int = 50) -> list[Json]:
+        query = "SELECT * FROM deploys WHERE ?1 IS NULL OR agent = ?1 ORDER BY id DESC LIMIT ?2"
+        return [self._deploy(row) for row in self._store.rows(query, agent, most)]
+
+    def deploy(self, deploy: int) -> Json:
+        row = self._store.row("SELECT * FROM deploys WHERE id = ?", deploy)
+        if row is None:
+            raise Refused("not_found", f"there is no deploy {deploy}")
+        lines = self._store.rows("SELECT line FROM deploy_log WHERE deploy = ? ORDER BY n", deploy)
+        return self._deploy(row) | {"log": [line["line"] for line in lines]}
+
+    def _deploy(self, row: sqlite3.Row) -> Json:
+        return without_none(
+            id=row["id"],
+            agent=row["agent"],
+            sha=row["sha"],
+            approval_id=row["approval"],
+            kind=row["kind"],
+            phase=row["phase"],
+            started_at=rfc3339(row["started_at"] or row["requested_at"]),
+            ended_at=when(row["ended_at"]),
+            error=row["error"],
+        )
+
+    def usage(self, days: int) -> list[Json]:
+        sums = (
+            "input_tokens",
+            "output_tokens",
+            "cache_read_tokens",
+            "cache_creation_tokens",
+            "cost_usd",
+            "duration_ms",
+        )
+        columns = ", ".join(f"sum({name}) AS {name}" for name in sums)
+        rows = self._store.rows(
+            f"SELECT agent, day, count(*) AS turns, {columns} FROM usage"  # noqa: S608 - our own names
+            " WHERE day > ? GROUP BY day, agent ORDER BY day, agent",
+            day_of(now_ms() - days * DAY_MS),
+        )
+        return [dict(row) for row in rows]
+
+    def spent_today(self) -> float:
+        row = self._store.row("SELECT coalesce(sum(cost_usd), 0) FROM usage WHERE day = ?", day_of(now_ms()))
+        return round(float(row[0]), 6) if row else 0.0
+
+    def audit(self, *, before: int | None = None, most: int = 100) -> list[Json]:
+        rows = self._store.rows(
+            "SELECT * FROM audit WHERE ?1 IS NULL OR id < ?1 ORDER BY id DESC LIMIT ?2", before, most
+        )
+        return [dict(row) | {"at": rfc3339(row["at"])} for row in rows]
+
+    def events(
+        self, *, agent: str | None = None, before: int | None = None, after: int | None = None, most: int = 300
+    ) -> list[Json]:
+        """An agent's events below its own id `before`; or any agent's above our number `after`. Oldest first."""
+        rows = self._store.rows(
+            "SELECT * FROM events WHERE (?1 IS NULL OR agent = ?1) AND (?2 IS NULL OR id < ?2)"
+            " AND (?3 IS NULL OR n > ?3) ORDER BY CASE WHEN ?3 IS NULL THEN -n ELSE n END LIMIT ?4",
+            agent,
+            before,
+            after,
+            most,
+        )
+        shown = [
+            {key: row[key] for key in ("id", "turn", "kind")}
+            | {"at": rfc3339(row["at"]), "data": json.loads(row["data"]), "agent": row["agent"], "n": row["n"]}
+            for row in rows
+        ]
+        return shown if after is not None else shown[::-1]
+
+    # -- does anything need the operator?
+
+    def attention(self) -> list[Json]:
+        agents = self.agents()
+        found = [*self._waiting_requests(), *self._waiting_questions(), *self._troubled(agents), *self._worries()]
+        if not any(agent["manager"] for agent in agents):
+            text = "No manager yet: it is the agent that you talk to, and it asks you before anything changes."
+            found.insert(0, {"key": "start_manager", "kind": "start_manager", "text": text, "since": rfc3339(now_ms())})
+        return found
+
+    def _waiting_requests(self) -> Iterator[Json]:
+        for row in reversed(self.approvals(Status.PENDING)):
+            text = f"{row['requested_by']} asks: {row['kind'].replace('_', ' ')} {row['agent']}"
+            yield _worry("approval", row["id"], row["agent"], text, row["requested_at"])
+
+    def _waiting_questions(self) -> Iterator[Json]:
+        for row in reversed(self.questions(status="open", who=OPERATOR)):
+            yield _worry("question", row["id"], row["from"], f"{row['from']} asks: {row['question']}", row["asked_at"])
+
+    def _troubled(self, agents: list[Json]) -> Iterator[Json]:
+        words = {"failed": "has failed", "needs_login": "is signed out", "rate_limited": "has reached a limit"}
+        for row in agents:
+            if row["state"] in words:
+                reason = f": {row['state_reason']}" if "state_reason" in row else ""
+                yield _worry(
+                    row["state"],
+                    row["name"],
+                    row["name"],
+                    f"{row['name']} {words[row['state']]}{reason}",
+                    row["state_since"],
+                )
+
+    def _worries(self) -> Iterator[Json]:
+        for row in self.inbox(OPERATOR, most=500, unread=True):
+            kind = WORRIES.get(row.get("kind", "")) if row["from"] == SYSTEM else None
+            if kind:
+                yield _worry(kind, row["id"], row["data"].get("agent"), row["body"], row["at"]) | {
+                    "key": f"message-{row['id']}"
+                }
+
+    # -- the whole
+
+    def snapshot(self) -> Json:
+        agents = self.agents()
+        return {
+            "version": VERSION,
+            "now": rfc3339(now_ms()),
+            "hive": {
+                "name": socket.gethostname(),
+                "containers": self._agents.containers.label,
+                "rehearsal": self._config.rehearsal,
+                "domain": self._config.page_host,
+                "home": self._config.home_url,
+            },
+            "agents": agents,
+            "approvals": self.open_approvals(),
+            "questions": self.questions(status="open")[::-1],
+            "messages": self.messages(),
+            "deploys": self.deploys(most=20),
+            "usage": {"today_usd": self.spent_today()},
+            "attention": self.attention(),
+            "paused_all": bool(agents) and all(agent["paused"] for agent in agents),
+        }
+
+    def change(self, kind: str, key: Any) -> Json | None:
+        """A live change, read afresh; None for what no stream shows."""
+        if kind == "agent":
+            rows = self.agents(key)
+            return {"kind": "agent", "row": rows[0]} if rows else {"kind": "agent_gone", "name": key}
+        if kind == "approval" and key is not None:
+            return {"kind": kind, "row": self.approval(key)}
+        if kind == "question":
+            return {"kind": kind, "row": self.questions(number=key)[0]}
+        if kind == "message":
+            row = self._store.row("SELECT * FROM messages WHERE id = ?", key)
+            return {"kind": kind, "row": self._message(row)} if row else None
+        if kind == "deploy":
+            deploy = self._store.row("SELECT * FROM deploys WHERE id = ?", key)
+            return {"kind": kind, "row": self._deploy(deploy)} if deploy else None
+        if kind == "deploy_log":
+            return {"kind": kind, "id": key[0], "lines": [key[1]]}
+        if kind == "usage":
+            return {"kind": kind, "today_usd": self.spent_today()}
+        return None
+
+
+def _worry(kind: str, key: Any, agent: str | None, text: str, since: str) -> Json:
+    number = key if isinstance(key, int) else None
+    return without_none(key=f"{kind}-{key}", kind=kind, id=number, agent=agent, text=text[:500], since=since)
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Live
+# ──────────────────────────────────────────────────────────────────────────────
+# One thread serves every live stream, of browsers and of desktop clients: it owns duplicates of their
+# sockets, so that none holds a thread of the web server. Commits only leave marks here; rows are read
+# once for all streams, at most every 20 ms, and not at all while nobody looks.
+
+HEARTBEAT_S: Final = 15.0
+BACKLOG_BYTES: Final = 256 * 1024
+REPLAY: Final = 2000
+PAUSE_S: Final = 0.02
+FLOOD: Final = 500  # more marks than this at once: a snapshot is cheaper
+
+
+@dataclasses.dataclass(eq=False)
+class Stream:
+    """A client of the hub. `after` is the last sequence number it has seen, `agent` whose events it wants."""
+
+    sock: socket.socket
+    dialect: Literal["sse", "status"]
+    after: str = ""
+    agent: str = ""
+    outbox: bytearray = dataclasses.field(default_factory=bytearray)
+    allowed: int = BACKLOG_BYTES
+
+
+class Hub:
+    def __init__(self, views: Views) -> None:
+        self._views = views
+        self._epoch = secrets.token_hex(4)
+        self._seq = 0
+        self._marks: dict[tuple[str, Any], None] = {}
+        self._events: list[tuple[str, list[Json]]] = []
+        self._arrivals: list[Stream] = []
+        self._lock = threading.Lock()
+        self._ring: deque[tuple[int, str, bytes]] = deque(maxlen=REPLAY)  # (seq, agent it is for, frame)
+        self._streams: set[Stream] = set()
+        self._worries: list[Json] = []
+        self._statuses: dict[str, Json] = {}
+        self._closed = False
+        self._selector = selectors.DefaultSelector()
+        self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector.register(self._wake_r, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="live", daemon=True)
+        self._thread.start()
+
+    @property
+    def seq(self) -> str:
+        return f"{self._epoch}-{self._seq}"
+
+    # -- called by other threads
+
+    def mark(self, changes: list[tuple[str, Any]]) -> None:
+        with self._lock:
+            self._marks.update(dict.fromkeys(changes))
+        self._wake()
+
+    def events(self, agent: str, events: list[Json]) -> None:
+        with self._lock:
+            self._events.append((agent, events))
+        self._wake()
+
+    def join(self, stream: Stream) -> None:
+        """Hand a connected socket over; the hub closes it."""
+        stream.sock.setblocking(False)
+        with self._lock:
+            self._arrivals.append(stream)
+        self._wake()
+
+    def close(self) -> None:
+        self._closed = True
+        self._wake()
+        self._thread.join(5)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_w, b"!")
+
+    # -- the thread
+
+    def _run(self) -> None:
+        beat = time.monotonic() + HEARTBEAT_S
+        while not self._closed:
+            for key, mask in self._selector.select(max(0.0, beat - time.monotonic())):
+                self._ready(key, mask)
+            try:
+                self._publish()
+                self._welcome()
+            except Exception:
+                log.exception("live streams")
+            if time.monotonic() >= beat:
+                beat = time.monotonic() + HEARTBEAT_S
+                self._each(lambda stream: b": still here\n\n" if stream.dialect == "sse" else b"")
+        for stream in list(self._streams):
+            self._drop(stream)
+        os.close(self._wake_r)
+        os.close(self._wake_w)
+        self._selector.close()
+
+    def _ready(self, key: selectors.SelectorKey, mask: int) -> None:
+        if key.fd == self._wake_r:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake_r, 4096)
+            return
+        stream = typing.cast(Stream, key.data)
+        if mask & selectors.EVENT_READ:
+            try:
+                over = not stream.sock.recv(4096)  # nobody speaks on a stream: this is only how its end shows
+            except BlockingIOError:
+                over = False
+            except OSError:
+                over = True
+            if over:
+                self._drop(stream)
+                return
+        if mask & selectors.EVENT_WRITE:
+            self._flush(stream)
+
+    def _take(self) -> tuple[list[tuple[str, Any]], list[tuple[str, list[Json]]]]:
+        with self._lock:
+            marks, events = list(self._marks), self._events
+            self._marks, self._events = {}, []
+        return marks, events
+
+    def _publish(self) -> None:
+        marks, events = self._take()
+        if not marks and not events:
+            return
+        if not self._streams:
+            self._seq += 1  # whoever comes back with an older number gets a snapshot
+            self._ring.clear()
+            return
+        if len(marks) > FLOOD:
+            self._seq += 1
+            self._ring.clear()
+            self._each(self._snapshot_for)
+        else:
+            self._publish_rows(marks)
+        for agent, batch in events:
+            self._frame({"kind": "events", "agent": agent, "events": batch}, agent)
+        time.sleep(PAUSE_S)  # what comes meanwhile is read together
+
+    def _publish_rows(self, marks: list[tuple[str, Any]]) -> None:
+        for kind, key in marks:
+            if (change := self._views.change(kind, key)) is not None:
+                self._frame(change)
+        names = {key for kind, key in marks if kind == "agent"}
+        if any(stream.dialect == "status" for stream in self._streams):
+            self._status_rows(names)
+        worries = self._views.attention()
+        if [row["key"] for row in worries] != [row["key"] for row in self._worries]:
+            self._worries = worries
+            self._frame({"kind": "attention", "rows": worries})
+
+    def _status_rows(self, names: set[str]) -> None:
+        for row in (row for row in self._views.agent_statuses() if row["name"] in names):
+            if self._statuses.get(row["name"]) != row:
+                self._statuses[row["name"]] = row
+                line = encode_line(ok_answer(agent_statuses=[row]))
+                self._each(lambda stream, line=line: line if stream.dialect == "status" else b"")  # type: ignore[misc]
+
+    def _frame(self, change: Json, agent: str = "") -> None:
+        self._seq += 1
+        frame = self._sse("change", change)
+        self._ring.append((self._seq, agent, frame))
+        self._each(lambda stream: frame if stream.dialect == "sse" and agent in ("", stream.agent) else b"")
+
+    def _sse(self, event: str, data: Json) -> bytes:
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        return f"id: {self.seq}\nevent: {event}\ndata: {text}\n\n".encode()
+
+    def _snapshot_for(self, stream: Stream) -> bytes:
+        if stream.dialect == "status":
+            return b""
+        frame = self._sse("snapshot", {"seq": self.seq} | self._views.snapshot())
+        stream.allowed = BACKLOG_BYTES + 2 * len(frame)
+        return frame
+
+    def _welcome(self) -> None:
+        with self._lock:
+            arrivals, self._arrivals = self._arrivals, []
+        for stream in arrivals:
+            try:
+                self._selector.register(stream.sock, selectors.EVENT_READ, stream)
+            except (OSError, ValueError):
+                stream.sock.close()
+                continue
+            self._streams.add(stream)
+            self._send(stream, self._missed(stream))
+
+    def _missed(self, stream: Stream) -> bytes:
+        """What a stream has not seen since `after`; a snapshot where that can't be told any more."""
+        epoch, _, number = stream.after.rpartition("-")
+        oldest = self._ring[0][0] if self._ring else self._seq + 1
+        if epoch == self._epoch and number.isdigit() and oldest - 1 <= int(number) <= self._seq:
+            return b"".join(f for seq, agent, f in self._ring if seq > int(number) and agent in ("", stream.agent))
+        return self._snapshot_for(stream)
+
+    def _each(self, frame_for: Callable[[Stream], bytes]) -> None:
+        for stream in list(self._streams):
+            self._send(stream, frame_for(stream))
+
+    def _send(self, stream: Stream, frame: bytes) -> None:
+        if not frame:
+            return
+        stream.outbox += frame if stream.dialect == "status" else b"%x\r\n%s\r\n" % (len(frame), frame)
+        if len(stream.outbox) > stream.allowed:
+            log.info("dropping a live stream whose reader is too slow")
+            self._drop(stream)
+        else:
+            self._flush(stream)
+
+    def _flush(self, stream: Stream) -> None:
+        try:
+            sent = stream.sock.send(stream.outbox) if stream.outbox else 0
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._drop(stream)
+            return
+        del stream.outbox[:sent]
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if stream.outbox else 0)
+        if self._selector.get_key(stream.sock).events != wanted:
+            self._selector.modify(stream.sock, wanted, stream)
+
+    def _drop(self, stream: Stream) -> None:
+        if stream in self._streams:
+            self._streams.discard(stream)
+            self._selector.unregister(stream.sock)
+            stream.sock.close()
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Sockets
+# ──────────────────────────────────────────────────────────────────────────────
+# Unix sockets, one JSON object a line. Who speaks is decided by the socket, never by a field. Answers
+# come in order; a request that follows a waiting `lease` on the same connection ends that wait first.
+# A thread waiting in a Condition sees no EOF: so a connection's thread always reads, a waiting lease is
+# an entry in the broker, and the broker's answer is sent from the writer thread without blocking it.
+#
+# Every answer: {"version": 1, "ok": true, …} or {"version": 1, "ok": false, "error", "code", "hint"?}.
+#
+# Agent sockets (unknown keys are refused):
+#   hello            harness_version, last_event, model?, session?   → name, manager, paused, page, settings, …
+#   lease            max?, wait_s?                        → messages, control
+#   ack              ids                                  → acked
+#   nack             ids, blameless?, reason?             → returned
+#   send             to, body, in_reply_to?, client_id?, via?        → id, ids? (`*`)
+#   inbox            max?                                 → messages (unread ones; a look, no lease)
+#   ask              question, options?, multi?, to?, ttl_s?         → id
+#   answer           id, text
+#   remind           body, delay_s | at                   → id
+#   cancel           question | reminder
+#   open_threads                                          → asked, to_answer, reminders
+#   set_status       text
+#   report           events?, usage?, state?
+#   list_agents                                           → agents
+#   and of the manager alone:
+#   checkout_config  agent                                → bundle (base64), sha
+#   request_spawn    name, description, config?           → id
+#   request_apply_commit  agent, sha, description, bundle → id
+#   request_update_inputs agent, description?             → id
+#   request_schedule to, body, first, every_s?, description?         → id
+#   cancel_request   id
+#   list_approvals   status?                              → approvals
+#   start_agent, stop_agent, restart_agent  name
+#   get_logs         name, lines?                         → lines
+#
+# host.sock (unknown keys are ignored; desktop clients speak it):
+#   list → agents · agent_status → agent_statuses · subscribe_agent_status → the same, then each changed row
+#   urls → urls {domain, home} · pending → approvals, questions · show {id} → approval
+#   approve, deny {id, note?} · set_paused {name, paused} · pause_all {paused?} · start, stop {scope, graceful?}
+#   restart, kill, rebuild, rollback, spawn, request_spawn {name} · destroy {name, purge?}
+#   send {to, body, in_reply_to?, client_id?} → id · inbox {max?, unread?, mark_read?} → messages · answer {id, text}
+#   logs {name, lines?, after?} → lines, cursor · events {name?, after?, max?} → events · deploys {name?} → deploys
+#   schedules → schedules · usage {days?} → usage · backup {path} → path · token {rotate?} → token
+
+SEND_TIMEOUT_S: Final = 30.0
+
+
+def ok_answer(**fields: Any) -> Json:
+    return {"version": PROTOCOL, "ok": True, **fields}
+
+
+def failed_answer(error: Refused) -> Json:
+    return {"version": PROTOCOL, "ok": False, **error.as_json()}
+
+
+def encode_line(value: Json) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+class LineReader:
+    """Lines of at most `max_bytes` from a socket."""
+
+    def __init__(self, sock: socket.socket, max_bytes: int) -> None:
+        self._sock, self._max_bytes = sock, max_bytes
+        self._buffer = bytearray()
+        self._searched = 0
+
+    def read(self) -> bytes | None:
+        """The next line without its newline; None at the end. A half line at the end is dropped."""
+        while (end := self._buffer.find(b"\n", self._searched)) < 0:
+            self._searched = len(self._buffer)
+            if len(self._buffer) > self._max_bytes:
+                raise Refused("too_large", f"a line may have at most {self._max_bytes} bytes")
+            try:
+                chunk = self._sock.recv(256 * 1024)
+            except OSError:
+                return None
+            if not chunk:
+                return None
+            self._buffer += chunk
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        self._searched = 0
+        if len(line) > self._max_bytes:
+            raise Refused("too_large", f"a line may have at most {self._max_bytes} bytes")
+        return line
+
+
+class Connection:
+    """One client. `handle` turns a request into an answer, or into None when the answer comes later."""
+
+    def __init__(self, sock: socket.socket, max_bytes: int) -> None:
+        self.sock = sock
+        self._reader = LineReader(sock, max_bytes)
+        self._lock = threading.Lock()
+
+    def serve(self) -> None:
+        try:
+            while (line := self._read()) is not None:
+                self.before_request()
+                answer, close = self._answer(line)
+                if answer is not None:
+                    self.send(answer)
+                if close:
+                    break
+        finally:
+            self.closed()
+            self.sock.close()
+
+    def _read(self) -> bytes | None:
+        try:
+            return self._reader.read()
+        except Refused as error:
+            self.before_request()
+            self.send(failed_answer(error))
+            return None
+
+    def _answer(self, line: bytes) -> tuple[Json | None, bool]:
+        """The answer, and whether the connection is beyond help: a line that is no JSON object."""
+        try:
+            request = parse_object(line)
+        except Refused as error:
+            return failed_answer(error), True
+        try:
+            return self.handle(request), False
+        except Refused as error:
+            return failed_answer(error), False
+        except Exception:
+            log.exception("answering a socket")
+            return failed_answer(Refused("internal", "something went wrong here; the daemon's log says what")), False
+
+    def before_request(self) -> None: ...
+
+    def handle(self, request: Json) -> Json | None:
+        raise NotImplementedError
+
+    def closed(self) -> None: ...
+
+    def send(self, answer: Json) -> None:
+        """From a thread that may wait for a slow reader."""
+        with self._lock:
+            self._write(encode_line(answer))
+
+    def send_soon(self, answer: Json) -> None:
+        """From a thread that must not wait: what the kernel does not take at once goes to a thread of its own."""
+        data, sent = encode_line(answer), 0
+        if self._lock.acquire(blocking=False):
+            try:
+                sent = self.sock.send(data, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self.hang_up()
+                sent = len(data)
+            if sent == len(data):
+                self._lock.release()
+            else:  # the lock goes along: nothing else may be written in between
+                threading.Thread(target=self._finish, args=(data[sent:],), name="late-answer", daemon=True).start()
+        else:
+            threading.Thread(target=self.send, args=(answer,), name="late-answer", daemon=True).start()
+
+    def _finish(self, rest: bytes) -> None:
+        try:
+            self._write(rest)
+        finally:
+            self._lock.release()
+
+    def _write(self, data: bytes) -> None:
+        """Non-blocking writes and a poll: a socket time-out would also hit the thread that reads."""
+        rest, poll = memoryview(data), select.poll()
+        try:
+            poll.register(self.sock, select.POLLOUT)
+            while rest:
+                if not poll.poll(SEND_TIMEOUT_S * 1000):
+                    raise TimeoutError
+                with contextlib.suppress(BlockingIOError):
+                    rest = rest[self.sock.send(rest, socket.MSG_DONTWAIT) :]
+        except (OSError, ValueError):
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+
+class Doors:
+    """Listening unix sockets: one thread accepts for all, each connection has its own."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._lock = threading.RLock()
+        self._open: dict[Path, tuple[socket.socket, Callable[[socket.socket], Connection], int]] = {}
+        self._connections: dict[Path, set[Connection]] = defaultdict(set)
+        self._closed = False
+        self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector.register(self._wake_r, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._accept, name="doors", daemon=True)
+        self._thread.start()
+
+    def open(self, path: Path, mode: int, make: Callable[[socket.socket], Connection], *, most: int) -> None:
+        """Listen at `path`. Closes an older socket there and its connections first."""
+        if len(os.fsencode(path)) > SOCKET_PATH_MAX:
+            raise Refused(
+                "usage",
+                f"the socket path {path} is longer than {SOCKET_PATH_MAX} bytes",
+                "choose a shorter runtime directory",
+            )
+        self.close_one(path)
+        path.unlink(missing_ok=True)
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        old = os.umask(0o177)
+        try:
+            server.bind(str(path))
+        finally:
+            os.umask(old)
+        path.chmod(mode)
+        server.listen(64)
+        server.setblocking(False)
+        with self._lock:
+            self._open[path] = (server, make, most)
+            self._selector.register(server, selectors.EVENT_READ, path)
+        os.write(self._wake_w, b"!")
+
+    def is_open(self, path: Path) -> bool:
+        return path in self._open and path.exists()
+
+    def close_one(self, path: Path) -> None:
+        with self._lock:
+            if path not in self._open:
+                return
+            server = self._open.pop(path)[0]
+            self._selector.unregister(server)
+            server.close()
+            connections = self._connections.pop(path, set())
+            path.unlink(missing_ok=True)
+        for connection in connections:
+            connection.hang_up()
+
+    def close(self) -> None:
+        self._closed = True
+        os.write(self._wake_w, b"!")
+        self._thread.join(5)
+        for path in list(self._open):
+            self.close_one(path)
+        self._selector.close()
+        os.close(self._wake_r)
+        os.close(self._wake_w)
+
+    def _accept(self) -> None:
+        while not self._closed:
+            for key, _ in self._selector.select():
+                if key.fd == self._wake_r:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wake_r, 4096)
+                else:
+                    self._accept_one(key.data)
+
+    def _accept_one(self, path: Path) -> None:
+        with self._lock:
+            if path not in self._open:
+                return
+            server, make, most = self._open[path]
+            try:
+                sock, _ = server.accept()
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
+                    log.warning("accepting at %s: %s", path, error)
+                    time.sleep(0.05)  # out of descriptors, say: don't spin
+                return
+            sock.setblocking(True)
+            if len(self._connections[path]) >= most:
+                with contextlib.suppress(OSError):
+                    refusal = Refused("too_many", f"{most} connections are open here already", "close one first")
+                    sock.send(encode_line(failed_answer(refusal)), socket.MSG_DONTWAIT)
+                sock.close()
+                return
+            connection = make(sock)
+            self._connections[path].add(connection)
+        threading.Thread(
+            target=self._serve, args=(path, connection), name=f"socket-{path.parent.name}", daemon=True
+        ).start()
+
+    def _serve(self, path: Path, connection: Connection) -> None:
+        try:
+            connection.serve()
+        finally:
+            with self._lock:
+                self._connections[path].discard(connection)
+
+
+@dataclasses.dataclass(frozen=True)
+class Services:
+    """Everything that a door may need; the daemon puts it together."""
+
+    config: Config
+    store: Store
+    broker: Broker
+    repositories: Repositories
+    approvals: Approvals
+    agents: Agents
+    deploys: Deploys
+    views: Views
+    hub: Hub
+    doors: Doors
+    token: OperatorToken
+
+
+class OperatorToken:
+    """The dashboard's secret, in a file that only its owner reads. A new one makes the old one void at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._value = path.read_text().strip()
+        except FileNotFoundError:
+            self._value = ""
+        if not self._value:
+            self.rotate()
+
+    @property
+    def value(self) -> str:
+        return self._value
+
+    def rotate(self) -> str:
+        value = secrets.token_urlsafe(32)
+        write_atomically(self._path, value + "\n")
+        self._value = value
+        return value
+
+    def opens(self, given: str) -> bool:
+        return hmac.compare_digest(given.encode(), self._value.encode())
+
+
+class Requests:
+    """Filing requests: what the manager's socket, the operator's socket and the dashboard have in common."""
+
+    def __init__(self, services: Services) -> None:
+        self._s = services
+
+    def spawn(self, actor: Actor, name: str, description: str | None, config: str | None) -> int:
+        kept = self._s.repositories.head(name)
+        if config is not None and kept is not None:
+            sha = self._s.repositories.commit(name, config, f"Proposed for {name}\n")
+            diff = self._s.repositories.diff(name, kept, sha)
+        else:
+            diff = "" if kept is not None else first_diff(config or AGENT_TEMPLATE)
+        detail = without_none(config=config)
+        request = Request(Kind.SPAWN, name, description, detail, base_sha=kept, diff=diff)
+        return self._s.approvals.request(actor, request)
+
+    def apply(self, actor: Actor, name: str, sha: str, description: str, bundle: str) -> int:
+        deployed = self._s.agents.living(name)["deployed_sha"]
+        try:
+            raw = base64.b64decode(bundle, validate=True)
+        except (binascii.Error, ValueError):
+            raise Refused("bad_request", "the field 'bundle' is no base64") from None
+        self._s.repositories.accept_bundle(name, sha, raw)
+        if sha == deployed:
+            raise Refused("conflict", f"{sha[:12]} is what {name} runs already", "commit a change first")
+        diff = self._s.repositories.diff(name, deployed, sha)
+        request = Request(Kind.APPLY, name, description, sha=sha, base_sha=deployed, diff=diff)
+        approval = self._s.approvals.request(actor, request)
+        self._s.repositories.keep_proposal(name, approval, sha)
+        return approval
+
+    def schedule(self, actor: Actor, fields: Fields, description: str | None) -> Request:
+        body = fields.text("body", max_bytes=self._s.config.limits.body_bytes)
+        first = fields.moment("first")
+        every = fields.number("every_s", least=60, most=366 * 86_400, default=None)
+        to = fields.address("to")
+        if to == OPERATOR:
+            raise Refused("bad_request", "a schedule writes to an agent, or to all of them")
+        detail = without_none(to=to, body=body, first_at=first, every_s=every)
+        return Request(Kind.SCHEDULE, to, description, detail)
+
+
+class AgentConnection(Connection):
+    """An agent at its own socket."""
+
+    def __init__(self, sock: socket.socket, name: str, services: Services) -> None:
+        super().__init__(
+            sock, services.config.limits.bundle_line_bytes if name == MANAGER else services.config.limits.line_bytes
+        )
+        self.name, self._s = name, services
+        self._actor = Actor(name)
+        self._waiting = self._greeted = False
+        self._requests = Requests(services)
+
+    def before_request(self) -> None:
+        if self._waiting:
+            self._s.broker.end_waits(self)
+
+    def deliver(self, answer: Json) -> None:
+        self._waiting = False
+        self.send_soon(ok_answer(**answer))
+
+    def closed(self) -> None:
+        if self._greeted:
+            self._leave()
+        self._s.broker.connection_closed(self.name, self)
+
+    def handle(self, request: Json) -> Json | None:
+        verb = request.get("cmd")
+        handler = AGENT_VERBS.get(verb) if isinstance(verb, str) else None
+        if handler is None and self.name == MANAGER and isinstance(verb, str):
+            handler = MANAGER_VERBS.get(verb)
+        if handler is None:
+            if verb in MANAGER_VERBS:
+                raise Refused("forbidden", f"only the manager may {verb}", "ask the manager")
+            raise Refused("unknown_verb", f"unknown command {str(verb)[:60]!r}", f"known: {', '.join(AGENT_VERBS)}")
+        result = handler(self, Fields(request))
+        return None if result is None else ok_answer(**result)
+
+    # -- connection and mail
+
+    def hello(self, f: Fields) -> Json:
+        f.text("harness_version", max_bytes=40)
+        last, model = f.integer("last_event"), f.text("model", max_bytes=200, default=None)
+        f.text("session", max_bytes=100, default=None)
+        f.done()
+        known = self._s.store.write(lambda tx: self._greet(tx, last, model))
+        if not self._greeted:
+            self._greeted = True
+            connected = self._s.agents.connected
+            connected[self.name] = connected.get(self.name, 0) + 1
+        config, row = self._s.config, self._s.agents.living(self.name)
+        page = {"host": config.listen_address, "port": config.port_of(self.name), "hosts": list(config.known_hosts)}
+        settings = without_none(
+            warm_s=config.warm_s, stall_s=config.stall_s, daily_budget_usd=config.daily_budget_usd or None
+        )
+        peers = [{key: peer[key] for key in ("name", "description") if key in peer} for peer in self._s.views.peers()]
+        return without_none(
+            name=self.name,
+            manager=self.name == MANAGER,
+            manager_name=MANAGER,
+            paused=bool(row["paused"]),
+            model=row["model"] or config.model or None,
+            page=page,
+            last_event=known,
+            settings=settings,
+            agents=[peer for peer in peers if peer["name"] != self.name],
+        )
+
+    def _greet(self, tx: Tx, last_event: int, model: str | None) -> int:
+        """Take note of a harness; the number of its last event that we hold."""
+        tx.execute(
+            "UPDATE agents SET state = 'idle', state_since = ?, state_reason = NULL, state_until = NULL,"
+            " active_model = coalesce(?, active_model) WHERE name = ? AND state = 'offline'",
+            now_ms(),
+            model,
+            self.name,
+        )
+        tx.changed("agent", self.name)
+        tx.after_commit(lambda: self._s.broker.drop_controls(self.name))
+        known = int(tx.value("SELECT coalesce(max(id), 0) FROM events WHERE agent = ?", self.name))
+        if known > last_event:  # its store is new: its numbers begin again
+            tx.execute("DELETE FROM events WHERE agent = ?", self.name)
+            known = 0
+        return known
+
+    def _leave(self) -> None:
+        connected = self._s.agents.connected
+        connected[self.name] = connected.get(self.name, 1) - 1
+        if connected[self.name] > 0:
+            return
+        connected.pop(self.name, None)
+
+        def work(tx: Tx) -> None:
+            tx.execute("UPDATE agents SET state = 'offline', state_since = ? WHERE name = ?", now_ms(), self.name)
+            tx.changed("agent", self.name)
+
+        with contextlib.suppress(Refused):
+            self._s.store.write(work)
+
+    def lease(self, f: Fields) -> None:
+        most, wait_s = f.integer("max", least=1, most=100, default=16), f.number("wait_s", most=300, default=30)
+        f.done()
+        self._waiting = True
+        self._s.broker.lease(self.name, self, most, wait_s)
+
+    def ack(self, f: Fields) -> Json:
+        ids = f.items("ids", int, most=1000)
+        f.done()
+        return {"acked": self._s.broker.acknowledge(self.name, ids)}
+
+    def nack(self, f: Fields) -> Json:
+        ids, blameless = f.items("ids", int, most=1000), f.flag("blameless")
+        f.text("reason", default=None, blank=True)
+        f.done()
+        return {"returned": self._s.broker.give_back(self.name, self, ids, blameless=blameless)}
+
+    def send_message(self, f: Fields) -> Json:
+        via = f.text("via", default=None)
+        draft = draft_from(f, self.name, self._s.config.limits)
+        f.done()
+        if via is not None:
+            if via != "page" or draft.to != self.name:
+                raise Refused("bad_request", "via is for what was typed at this agent's own page: 'page', to itself")
+            draft = dataclasses.replace(draft, via=via)
+        ids = self._s.broker.send(draft)
+        return {"id": ids[0]} | ({"ids": ids} if draft.to == EVERYONE else {})
+
+    def inbox(self, f: Fields) -> Json:
+        most = f.integer("max", least=1, most=100, default=20)
+        f.done()
+        return {"messages": self._s.views.inbox(self.name, most=most, unread=True)}
+
+    # -- questions and reminders
+
+    def ask(self, f: Fields) -> Json:
+        question, multi, to = f.text("question"), f.flag("multi"), f.address("to", default=OPERATOR)
+        options = f.items("options", str, most=10, default=[])
+        ttl_s = f.number("ttl_s", least=1, most=366 * 86_400, default=None)
+        f.done()
+        if any(not option.strip() or len(option) > 200 for option in options):
+            raise Refused("bad_request", "an option is text of 1 to 200 characters")
+        return {"id": self._s.broker.ask(self.name, to, question, options, multi=multi, ttl_s=ttl_s)}
+
+    def answer(self, f: Fields) -> Json:
+        number, text = f.integer("id"), f.text("text", max_bytes=self._s.config.limits.body_bytes)
+        f.done()
+        self._s.broker.answer(self._actor, number, text)
+        return {}
+
+    def remind(self, f: Fields) -> Json:
+        body = f.text("body", max_bytes=self._s.config.limits.body_bytes)
+        if f.has("delay_s") == f.has("at"):
+            raise Refused("bad_request", "give exactly one of 'delay_s' and 'at'")
+        due = f.moment("at") if f.has("at") else now_ms() + int(f.number("delay_s", most=366 * 86_400) * 1000)
+        f.done()
+        return {"id": self._s.broker.remind(self.name, body, due)}
+
+    def cancel(self, f: Fields) -> Json:
+        if f.has("question") == f.has("reminder"):
+            raise Refused("bad_request", "give exactly one of 'question' and 'reminder'")
+        if f.has("question"):
+            number = f.integer("question")
+            f.done()
+            self._s.broker.cancel_question(self._actor, number)
+        else:
+            number = f.integer("reminder")
+            f.done()
+            self._s.broker.cancel_reminder(self.name, number)
+        return {}
+
+    def open_threads(self, f: Fields) -> Json:
+        f.done()
+        questions = self._s.views.questions(status="open", who=self.name)
+        return {
+            "asked": [row for row in questions if row["from"] == self.name],
+            "to_answer": [row for row in questions if row["to"] == self.name],
+            "reminders": self._s.views.reminders(self.name),
+        }
+
+    def set_status(self, f: Fields) -> Json:
+        text = f.text("text", max_bytes=800, blank=True)
+        f.done()
+        if len(text) > 200:
+            raise Refused("too_large", f"the status has {len(text)} characters; at most 200 are allowed")
+
+        def work(tx: Tx) -> None:
+            at = now_ms() if text.strip() else None
+            tx.execute(
+                "UPDATE agents SET status_text = ?, status_set_at = ? WHERE name = ?",
+                text.strip() or None,
+                at,
+                self.name,
+            )
+            tx.changed("agent", self.name)
+
+        self._s.store.write(work)
+        return {}
+
+    def list_agents(self, f: Fields) -> Json:
+        f.done()
+        return {"agents": self._s.views.peers()}
+
+    # -- reports
+
+    def report(self, f: Fields) -> Json:
+        events = [_event_from(Fields(item)) for item in f.items("events", dict, most=1000, default=[])]
+        usage = _usage_from(Fields(f.mapping("usage"))) if f.has("usage") else None
+        state = _state_from(Fields(f.mapping("state"))) if f.has("state") else None
+        f.done()
+        self._s.store.write(lambda tx: self._take_report(tx, events, usage, state))
+        if events:
+            shown = [event | {"at": rfc3339(event["at"]), "agent": self.name} for event in events]
+            self._s.hub.events(self.name, shown)
+        return {}
+
+    def _take_report(self, tx: Tx, events: list[Json], usage: Json | None, state: Json | None) -> None:
+        stored = [event for event in events if event["id"]]  # id 0: text still being written, shown and forgotten
+        for event in stored:
+            tx.execute(
+                "INSERT OR IGNORE INTO events (agent, id, at, turn, kind, data) VALUES (?, ?, ?, ?, ?, ?)",
+                self.name,
+                event["id"],
+                event["at"],
+                event["turn"],
+                event["kind"],
+                json.dumps(event["data"]),
+            )
+        if stored:
+            newest = stored[-1]["id"]
+            tx.execute("DELETE FROM events WHERE agent = ? AND id <= ?", self.name, newest - EVENTS_KEPT)
+        if usage is not None:
+            self._take_usage(tx, usage)
+        if state is not None:
+            self._take_state(tx, state)
+
+    def _take_usage(self, tx: Tx, usage: Json) -> None:
+        context = {key: usage.pop(key) for key in ("context_tokens", "context_window")}
+        known = tx.one("SELECT 1 FROM usage WHERE agent = ? AND turn = ?", self.name, usage["turn"])
+        if known is None:
+            tx.insert("usage", agent=self.name, at=now_ms(), day=day_of(now_ms()), **usage)
+        tx.execute(
+            "UPDATE agents SET context_tokens = coalesce(?, context_tokens),"
+            " context_window = coalesce(?, context_window) WHERE name = ?",
+            context["context_tokens"],
+            context["context_window"],
+            self.name,
+        )
+        tx.changed("usage", None)
+        tx.changed("agent", self.name)
+        budget = self._s.config.daily_budget_usd
+        spent = tx.value("SELECT sum(cost_usd) FROM usage WHERE day = ? AND agent = ?", day_of(now_ms()), self.name)
+        if budget and spent >= budget:
+            reason = f"{self.name} has spent ${spent:.2f} today; its budget is ${budget:.2f}"
+            if self._s.broker.pause(tx, SYSTEM_ACTOR, self.name, paused=True, reason=reason):
+                self._s.broker.tell(tx, OPERATOR, "budget_reached", f"{reason}. It is paused.", agent=self.name)
+
+    def _take_state(self, tx: Tx, state: Json) -> None:
+        row = tx.one("SELECT state FROM agents WHERE name = ?", self.name)
+        before = row["state"] if row else None
+        since = {} if state["state"] == before else {"state_since": now_ms()}
+        values = state | since
+        columns = ", ".join(f"{name} = ?" for name in values)
+        tx.execute(f"UPDATE agents SET {columns} WHERE name = ?", *values.values(), self.name)  # noqa: S608
+        tx.changed("agent", self.name)
+        if since:
+            tx.audit(self._actor, f"state_{state['state']}", self.name, state["state_reason"] or "ok")
+            self._spread(tx, before, state)
+
+    def _spread(self, tx: Tx, before: str | None, state: Json) -> None:
+        """The manager is told, once, of what stops an agent and of its return."""
+        if self.name == MANAGER:
+            return
+        reason = f": {state['state_reason']}" if state["state_reason"] else "."
+        if state["state"] == HarnessState.NEEDS_LOGIN and before != HarnessState.SIGNING_IN:
+            self._s.broker.tell_manager(tx, "needs_login", f"{self.name} is signed out{reason}", agent=self.name)
+        elif state["state"] == HarnessState.RATE_LIMITED:
+            until = when(state["state_until"])
+            self._s.broker.tell_manager(
+                tx, "rate_limited", f"{self.name} has reached a limit{reason}", agent=self.name, until=until
+            )
+        elif before in (HarnessState.NEEDS_LOGIN, HarnessState.SIGNING_IN) and state["state"] in (
+            HarnessState.IDLE,
+            HarnessState.WORKING,
+        ):
+            self._s.broker.tell_manager(tx, "logged_in", f"{self.name} is signed in again.", agent=self.name)
+
+    # -- the manager's verbs
+
+    def checkout_config(self, f: Fields) -> Json:
+        name = f.name("agent")
+        f.done()
+        self._s.agents.living(name)
+        bundle, sha = self._s.repositories.bundle(name)
+        return {"bundle": base64.b64encode(bundle).decode(), "sha": sha}
+
+    def request_spawn(self, f: Fields) -> Json:
+        name, description = f.name(), f.text("description")
+        config = f.text("config", max_bytes=self._s.config.limits.config_file_bytes, default=None)
+        f.done()
+        return {"id": self._requests.spawn(self._actor, name, description, config)}
+
+    def request_apply_commit(self, f: Fields) -> Json:
+        name, sha, description = f.name("agent"), check_sha(f.text("sha")), f.text("description")
+        bundle = f.text("bundle", max_bytes=self._s.config.limits.bundle_line_bytes)
+        f.done()
+        return {"id": self._requests.apply(self._actor, name, sha, description, bundle)}
+
+    def request_update_inputs(self, f: Fields) -> Json:
+        target, description = f.text("agent"), f.text("description", default=None)
+        f.done()
+        target = EVERYONE if target == "all" else check_name(target)
+        return {"id": self._s.approvals.request(self._actor, Request(Kind.INPUTS, target, description))}
+
+    def request_schedule(self, f: Fields) -> Json:
+        request = self._requests.schedule(self._actor, f, f.text("description", default=None))
+        f.done()
+        return {"id": self._s.approvals.request(self._actor, request)}
+
+    def cancel_request(self, f: Fields) -> Json:
+        approval = f.integer("id")
+        f.done()
+        self._s.approvals.cancel(self._actor, approval)
+        return {}
+
+    def list_approvals(self, f: Fields) -> Json:
+        status = f.choice("status", Status, default=None)
+        f.done()
+        return {"approvals": self._s.views.approvals(status)[:100]}
+
+    def _other(self, f: Fields) -> str:
+        name = f.name()
+        f.done()
+        if name == self.name:
+            raise Refused("forbidden", "the manager can't start, stop or restart itself", "ask the operator")
+        return name
+
+    def start_agent(self, f: Fields) -> Json:
+        self._s.agents.start(self._actor, self._other(f))
+        return {}
+
+    def stop_agent(self, f: Fields) -> Json:
+        self._s.agents.stop(self._actor, self._other(f))
+        return {}
+
+    def restart_agent(self, f: Fields) -> Json:
+        self._s.agents.restart(self._actor, self._other(f))
+        return {}
+
+    def get_logs(self, f: Fields) -> Json:
+        name, lines = f.name(), f.integer("lines", least=1, most=LOG_LINES_MAX, default=100)
+        f.done()
+        self._s.agents.living(name)
+        return {"lines": self._s.agents.containers.log(name, lines, None)[0]}
+
+
+def draft_from(f: Fields, sender: str, limits: Limits) -> Draft:
+    """A message as every door takes it."""
+    body = f.text("body", max_bytes=limits.body_bytes)
+    in_reply_to, client_id = f.integer("in_reply_to", default=None), f.text("client_id", max_bytes=64, default=None)
+    return Draft(sender, f.address(), body, in_reply_to, client_id)
+
+
+def _event_from(f: Fields) -> Json:
+    event = {
+        "id": f.integer("id"),
+        "at": f.moment("at"),
+        "turn": f.integer("turn"),
+        "kind": f.text("kind", max_bytes=40),
+        "data": f.mapping("data"),
+    }
+    f.done()
+    return event
+
+
+def _usage_from(f: Fields) -> Json:
+    counts = ("input_tokens", "output_tokens", "cache_read_tokens", "cache_creation_tokens", "duration_ms")
+    usage = {name: f.integer(name) for name in counts} | {
+        "turn": f.text("turn", max_bytes=64),
+        "model": f.text("model", max_bytes=200, default=None),
+        "cost_usd": f.number("cost_usd", most=1e6),
+        "context_tokens": f.integer("context_tokens", default=None),
+        "context_window": f.integer("context_window", default=None),
+    }
+    f.done()
+    return usage
+
+
+def _state_from(f: Fields) -> Json:
+    """Columns of the agents table; what a report leaves out of model and context stays as it was."""
+    columns: Json = {
+        "state": str(f.choice("state", HarnessState)),
+        "state_reason": f.text("reason", max_bytes=2000, default=None, blank=True),
+        "state_until": f.moment("until", default=None),
+        "login": json.dumps(_login_from(Fields(f.mapping("login")))) if f.has("login") else None,
+        "signed_in_until": f.moment("signed_in_until", default=None),
+    }
+    f.text("session", max_bytes=100, default=None)
+    optional = {
+        "active_model": f.text("model", max_bytes=200, default=None),
+        "context_tokens": f.integer("context_tokens", default=None),
+        "context_window": f.integer("context_window", default=None),
+    }
+    f.done()
+    return columns | without_none(**optional)
+
+
+def _login_from(f: Fields) -> Json:
+    login = without_none(
+        phase=f.text("phase", max_bytes=40),
+        url=f.text("url", default=None),
+        error=f.text("error", default=None, blank=True),
+    )
+    f.done()
+    return login
+
+
+AGENT_VERBS: Final[dict[str, Callable[[AgentConnection, Fields], Json | None]]] = {
+    "hello": AgentConnection.hello,
+    "lease": AgentConnection.lease,
+    "ack": AgentConnection.ack,
+    "nack": AgentConnection.nack,
+    "send": AgentConnection.send_message,
+    "inbox": AgentConnection.inbox,
+    "ask": AgentConnection.ask,
+    "answer": AgentConnection.answer,
+    "remind": AgentConnection.remind,
+    "cancel": AgentConnection.cancel,
+    "open_threads": AgentConnection.open_threads,
+    "set_status": AgentConnection.set_status,
+    "report": AgentConnection.report,
+    "list_agents": AgentConnection.list_agents,
+}
+
+MANAGER_VERBS: Final[dict[str, Callable[[AgentConnection, Fields], Json | None]]] = {
+    "checkout_config": AgentConnection.checkout_config,
+    "request_spawn": AgentConnection.request_spawn,
+    "request_apply_commit": AgentConnection.request_apply_commit,
+    "request_update_inputs": AgentConnection.request_update_inputs,
+    "request_schedule": AgentConnection.request_schedule,
+    "cancel_request": AgentConnection.cancel_request,
+    "list_approvals": AgentConnection.list_approvals,
+    "start_agent": AgentConnection.start_agent,
+    "stop_agent": AgentConnection.stop_agent,
+    "restart_agent": AgentConnection.restart_agent,
+    "get_logs": AgentConnection.get_logs,
+}
+
+
+class HostConnection(Connection):
+    """The operator at `host.sock`: the command line, and desktop clients."""
+
+    def __init__(self, sock: socket.socket, services: Services) -> None:
+        super().__init__(sock, services.config.limits.line_bytes)
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        self._actor = Actor(OPERATOR, f"host.sock, uid {struct.unpack('3i', credentials)[1]}")
+        self._s = services
+        self._requests = Requests(services)
+
+    def handle(self, request: Json) -> Json | None:
+        verb = request.get("cmd")
+        handler = HOST_VERBS.get(verb) if isinstance(verb, str) else None
+        if handler is None:
+            raise Refused("unknown_verb", f"unknown command {str(verb)[:60]!r}", f"known: {', '.join(HOST_VERBS)}")
+        result = handler(self, Fields(request, strict=False))
+        return None if result is None else ok_answer(**result)
+
+    # -- looking
+
+    def list(self, f: Fields) -> Json:
+        return {"agents": [row["name"] for row in self._s.views.agent_statuses()]}
+
+    def agent_status(self, f: Fields) -> Json:
+        return {"agent_statuses": self._s.views.agent_statuses()}
+
+    def subscribe(self, f: Fields) -> None:
+        """The rows as they are; then the hub sends each that changes, and watches for the client's end."""
+        duplicate = self.sock.dup()
+        self.send(ok_answer(agent_statuses=self._s.views.agent_statuses()))
+        self._s.hub.join(Stream(duplicate, "status"))
+        self.sock.close()
+
+    def agents(self, f: Fields) -> Json:
+        return {"agents": self._s.views.agents(kept=f.flag("kept"))}
+
+    def urls(self, f: Fields) -> Json:
+        return {"urls": {"domain": self._s.config.page_host, "home": self._s.config.home_url}}
+
+    def pending(self, f: Fields) -> Json:
+        self._s.approvals.fail_orphans()
+        questions = self._s.views.questions(status="open", who=OPERATOR)[::-1]
+        return {"approvals": self._s.views.approvals(Status.PENDING)[::-1], "questions": questions}
+
+    def show(self, f: Fields) -> Json:
+        return {"approval": self._s.views.approval(f.integer("id"), diff=True)}
+
+    def inbox(self, f: Fields) -> Json:
+        most, unread = f.integer("max", least=1, most=1000, default=50), f.flag("unread")
+        messages = self._s.views.inbox(OPERATOR, most=most, unread=unread)
+        if f.flag("mark_read"):
+            self._s.broker.mark_read([message["id"] for message in messages if message["state"] == MessageState.QUEUED])
+        return {"messages": messages}
+
+    def logs(self, f: Fields) -> Json:
+        name, lines = f.name(), f.integer("lines", least=1, most=LOG_LINES_MAX, default=100)
+        after = f.text("after", max_bytes=200, default=None)
+        if self._s.store.row("SELECT 1 FROM agents WHERE name = ?", name) is None:
+            raise Refused("unknown_agent", f"there is no agent {name!r}", "`list` shows who is there")
+        text, cursor = self._s.agents.containers.log(name, lines, after)
+        return {"lines": text, "cursor": cursor}
+
+    def events(self, f: Fields) -> Json:
+        agent = f.name() if f.has("name") else None
+        after, most = f.integer("after", default=None), f.integer("max", least=1, most=2000, default=100)
+        return {"events": self._s.views.events(agent=agent, after=after, most=most)}
+
+    def list_deploys(self, f: Fields) -> Json:
+        if f.has("id"):
+            return {"deploys": [self._s.views.deploy(f.integer("id"))]}
+        return {"deploys": self._s.views.deploys(agent=f.name() if f.has("name") else None)}
+
+    def schedules(self, f: Fields) -> Json:
+        return {"schedules": self._s.views.schedules()}
+
+    def usage(self, f: Fields) -> Json:
+        return {"usage": self._s.views.usage(f.integer("days", least=1, most=366, default=7))}
+
+    # -- deciding
+
+    def approve(self, f: Fields) -> Json:
+        approval, note = f.integer("id"), f.text("note", default=None, blank=True)
+        self._s.approvals.fail_orphans()
+        self._s.approvals.approve(self._actor, approval, note or None)
+        return {}
+
+    def deny(self, f: Fields) -> Json:
+        self._s.approvals.deny(self._actor, f.integer("id"), f.text("note", default=None, blank=True) or None)
+        return {}
+
+    def answer(self, f: Fields) -> Json:
+        self._s.broker.answer(self._actor, f.integer("id"), f.text("text", max_bytes=self._s.config.limits.body_bytes))
+        return {}
+
+    def send_message(self, f: Fields) -> Json:
+        draft = draft_from(f, OPERATOR, self._s.config.limits)
+        ids = self._s.broker.send(draft)
+        return {"id": ids[0]} | ({"ids": ids} if draft.to == EVERYONE else {})
+
+    # -- agents
+
+    def _scope(self, f: Fields) -> typing.List[str]:  # noqa: UP006 - `list` is a verb of this class
+        """Whom a command is for: an empty scope is refused, never taken for everybody."""
+        scope = Fields(f.mapping("scope"), strict=False)
+        names = [check_name(name) for name in scope.items("agent_names", str, most=1000)]
+        if not names:
+            raise Refused("bad_request", "the scope names no agent", "list at least one name in agent_names")
+        for name in names:
+            self._s.agents.living(name)
+        return names
+
+    def start(self, f: Fields) -> Json:
+        for name in self._scope(f):
+            self._s.agents.start(self._actor, name)
+        return {}
+
+    def stop(self, f: Fields) -> Json:
+        graceful = f.flag("graceful", default=True)
+        for name in self._scope(f):
+            self._s.agents.stop(self._actor, name, graceful=graceful)
+        return {}
+
+    def restart(self, f: Fields) -> Json:
+        self._s.agents.restart(self._actor, f.name())
+        return {}
+
+    def kill(self, f: Fields) -> Json:
+        self._s.agents.stop(self._actor, f.name(), graceful=False)
+        return {}
+
+    def set_paused(self, f: Fields) -> Json:
+        name, paused = f.name(), f.flag("paused", default=MISSING)
+        self._s.store.write(lambda tx: self._s.broker.pause(tx, self._actor, name, paused=paused))
+        return {}
+
+    def pause_all(self, f: Fields) -> Json:
+        pause_everyone(self._s, self._actor, paused=f.flag("paused", default=True))
+        return {}
+
+    def spawn(self, f: Fields) -> Json:
+        return {"deploy": self._s.deploys.spawn(self._actor, f.name(), f.text("description", default=""))}
+
+    def request_spawn(self, f: Fields) -> Json:
+        return {"id": self._requests.spawn(self._actor, f.name(), f.text("description", default=None), None)}
+
+    def rebuild(self, f: Fields) -> Json:
+        return {"deploy": self._s.deploys.rebuild(self._actor, f.name())}
+
+    def rollback(self, f: Fields) -> Json:
+        return {"deploy": self._s.deploys.rollback(self._actor, f.name())}
+
+    def destroy(self, f: Fields) -> Json:
+        self._s.agents.destroy(self._actor, f.name(), purge=f.flag("purge"))
+        return {}
+
+    # -- the hive
+
+    def backup(self, f: Fields) -> Json:
+        path = Path(f.text("path"))
+        if not path.is_absolute():
+            raise Refused("bad_request", "the path of a backup must be absolute")
+        self._s.store.backup(path)
+        write_atomically(self._s.config.database.with_name("last-backup"), f"{path}\n")
+        self._s.store.write(lambda tx: tx.audit(self._actor, "backup", path))
+        return {"path": str(path)}
+
+    def operator_token(self, f: Fields) -> Json:
+        if f.flag("rotate"):
+            self._s.token.rotate()
+            self._s.store.write(lambda tx: tx.audit(self._actor, "rotate_token", "dashboard"))
+        return {"token": self._s.token.value}
+
+
+def pause_everyone(services: Services, actor: Actor, *, paused: bool) -> None:
+    def work(tx: Tx) -> None:
+        for row in tx.execute("SELECT name FROM agents WHERE NOT kept ORDER BY name").fetchall():
+            services.broker.pause(tx, actor, row["name"], paused=paused)
+
+    services.store.write(work)
+
+
+HOST_VERBS: Final[dict[str, Callable[[HostConnection, Fields], Json | None]]] = {
+    "list": HostConnection.list,
+    "agent_status": HostConnection.agent_status,
+    "subscribe_agent_status": HostConnection.subscribe,
+    "agents": HostConnection.agents,
+    "urls": HostConnection.urls,
+    "pending": HostConnection.pending,
+    "show": HostConnection.show,
+    "approve": HostConnection.approve,
+    "deny": HostConnection.deny,
+    "set_paused": HostConnection.set_paused,
+    "pause_all": HostConnection.pause_all,
+    "start": HostConnection.start,
+    "stop": HostConnection.stop,
+    "restart": HostConnection.restart,
+    "kill": HostConnection.kill,
+    "spawn": HostConnection.spawn,
+    "request_spawn": HostConnection.request_spawn,
+    "rebuild": HostConnection.rebuild,
+    "rollback": HostConnection.rollback,
+    "destroy": HostConnection.destroy,
+    "send": HostConnection.send_message,
+    "inbox": HostConnection.inbox,
+    "answer": HostConnection.answer,
+    "logs": HostConnection.logs,
+    "events": HostConnection.events,
+    "deploys": HostConnection.list_deploys,
+    "schedules": HostConnection.schedules,
+    "usage": HostConnection.usage,
+    "backup": HostConnection.backup,
+    "token": HostConnection.operator_token,
+}
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Dashboard
+# ──────────────────────────────────────────────────────────────────────────────
+# Routes and their guards, no logic. Agents share the host's network, so anyone of them can reach this
+# port: everything but `/healthz` and the static files (which hold no data) wants the operator's token,
+# in a header; never a cookie, since cookies ignore ports. A right token passes even when wrong ones have
+# come too often from the same address: on a shared loopback anyone could else lock the operator out.
+
+SECURITY_HEADERS: Final[Mapping[str, str]] = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; font-src 'self';"
+        " connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+CONTENT_TYPES: Final[Mapping[str, str]] = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".webmanifest": "application/manifest+json",
+    ".json": "application/json",
+}
+BODY_MAX: Final = 1024 * 1024
+HANDOVER_S: Final = 5.0
+
+
+CONTROL_ACTIONS: Final[Mapping[str, Control]] = {
+    "interrupt": Control.INTERRUPT,
+    "compact": Control.COMPACT,
+    "new_session": Control.NEW_SESSION,
+    "model": Control.SET_MODEL,
+    "login_begin": Control.LOGIN_BEGIN,
+    "login_finish": Control.LOGIN_FINISH,
+    "login_cancel": Control.LOGIN_CANCEL,
+}
+
+
+class Gate:
+    """Who may pass: host name, origin, token, and how often an address may guess."""
+
+    def __init__(self, config: Config, token: OperatorToken) -> None:
+        self._hosts, self._token = frozenset(config.known_hosts), token
+        self._limit = config.limits.wrong_tokens_per_minute
+        self._wrong: dict[str, deque[float]] = defaultdict(deque)
+        self._lock = threading.Lock()
+
+    def check_host(self, header: str) -> None:
+        if host_of(header) not in self._hosts:
+            raise Refused("bad_host", f"this is not {header[:80]!r}", "add the name to `domains` if it should be")
+
+    @staticmethod
+    def check_origin(origin: str, host: str) -> None:
+        if origin and origin.partition("://")[2] != host:
+            raise Refused("bad_origin", f"requests from {origin[:80]!r} are not taken")
+
+    def check_token(self, header: str, address: str) -> None:
+        scheme, _, given = header.partition(" ")
+        if scheme.lower() == "bearer" and self._token.opens(given.strip()):
+            return
+        if header:
+            self._count_wrong(address)
+        raise Refused(
+            "unauthorized", "this needs the operator's token", "`hyperhive.py url` prints a link that holds it"
+        )
+
+    def _count_wrong(self, address: str) -> None:
+        moment = time.monotonic()
+        with self._lock:
+            if len(self._wrong) > 10_000:
+                self._wrong.clear()
+            recent = self._wrong[address]
+            while recent and recent[0] < moment - 60:
+                recent.popleft()
+            if len(recent) >= self._limit:
+                wait_s = int(61 - (moment - recent[0]))
+                raise Refused("too_many", "too many wrong tokens", str(wait_s))
+            recent.append(moment)
+
+
+def host_of(header: str) -> str:
+    """The name in a Host header, without its port, in lower case; an IPv6 address keeps its brackets."""
+    name = header.strip().lower()
+    return name[: name.find("]") + 1] if name.startswith("[") else name.partition(":")[0]
+
+
+def make_app(services: Services, gate: Gate) -> Any:
+    """The bottle application."""
+    import bottle
+
+    bottle.BaseRequest.MEMFILE_MAX = BODY_MAX
+    app = bottle.Bottle()
+    app.config["json.enable"] = False
+    request, response = bottle.request, bottle.response
+
+    def guard(callback: Callable[..., Any]) -> Callable[..., Any]:
+        """Around every route: who may come in, and one shape for every error."""
+
+        @functools.wraps(callback)
+        def guarded(*arguments: Any, **named: Any) -> Any:
+            try:
+                open_to_all = request.route.config.get("open", False)
+                admit(open_to_all=open_to_all)
+                result = callback(*arguments, **named)
+                return json_body(result) if isinstance(result, dict) else result
+            except Refused as error:
+                return error_body(error)
+            except Exception:
+                log.exception("%s %s", request.method, request.path)
+                return error_body(Refused("internal", "something went wrong here; the daemon's log says what"))
+
+        return guarded
+
+    def admit(*, open_to_all: bool) -> None:
+        host = request.get_header("Host", "")
+        gate.check_host(host)
+        if not open_to_all:
+            gate.check_token(request.get_header("Authorization", ""), request.remote_addr or "")
+        if request.method == "POST":
+            gate.check_origin(request.get_header("Origin", ""), host)
+            if (request.content_type or "").partition(";")[0].strip().lower() != "application/json":
+                raise Refused("bad_type", "the body must be JSON", "send Content-Type: application/json")
+
+    def json_body(value: Json, status: int = 200) -> bytes:
+        response.status = status
+        response.content_type = "application/json"
+        response.set_header("Cache-Control", "no-store")
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def error_body(error: Refused) -> bytes:
+        if error.code == "too_many" and error.hint.isdigit():
+            response.set_header("Retry-After", error.hint)
+            error = Refused(error.code, error.message, f"wait {error.hint} s")
+        if error.code == "unauthorized":
+            response.set_header("WWW-Authenticate", "Bearer")
+        return json_body(error.as_json(), STATUS_OF.get(error.code, 400))
+
+    def add_headers() -> None:
+        for name, value in SECURITY_HEADERS.items():
+            response.set_header(name, value)
+
+    def on_error(failure: Any) -> bytes:
+        """Bottle's own refusals: no such route, wrong method, a body that is too large."""
+        words = {
+            404: ("not_found", "there is nothing at this address"),
+            405: ("bad_method", "this address takes another method"),
+        }
+        code, text = words.get(failure.status_code, ("bad_request", str(failure.body)[:200]))
+        if failure.status_code == 413:
+            code, text = "too_large", f"a body may have at most {BODY_MAX} bytes"
+        add_headers()
+        allow = failure.headers.get("Allow") if hasattr(failure, "headers") else None
+        if allow:
+            response.set_header("Allow", allow)
+        return json_body(Refused(code, text).as_json(), failure.status_code)
+
+    app.add_hook("after_request", add_headers)
+    app.default_error_handler = on_error
+    app.install(guard)
+    for method, path, handler, options in Routes(services, request, response).table():
+        app.route(path, method, handler, **options)
+    return app
+
+
+class Routes:
+    """Every address of the dashboard. A handler returns a JSON object, or raises `Refused`."""
+
+    def __init__(self, services: Services, request: Any, response: Any) -> None:
+        self._s, self._request, self._response = services, request, response
+        self._requests = Requests(services)
+        self._files = {path.name: path for path in (HERE / "static").iterdir() if path.suffix in CONTENT_TYPES}
+        self._actor = Actor(OPERATOR, "dashboard")
+
+    def table(self) -> Iterator[tuple[str, str, Callable[..., Any], Json]]:
+        open_to_all: dict[str, Callable[..., Any]] = {
+            "/": lambda: self.static("index.html"),
+            "/static/<name>": self.static,
+            "/healthz": lambda: {"ok": True},
+        }
+        reading: dict[str, Callable[..., Any]] = {
+            "/metrics": self.metrics,
+            "/api/state": self.state,
+            "/api/stream": self.stream,
+            "/api/agents": lambda: {"agents": self._s.views.agents(kept=True)},
+            "/api/agents/<name>": self.agent,
+            "/api/agents/<name>/events": self.events,
+            "/api/approvals": self.approvals,
+            "/api/approvals/<number:int>": self.approval,
+            "/api/messages": self.messages,
+            "/api/questions": self.questions,
+            "/api/deploys": self.deploys,
+            "/api/deploys/<number:int>": lambda number: {"deploy": self._s.views.deploy(number)},
+            "/api/schedules": lambda: {"schedules": self._s.views.schedules()},
+            "/api/usage": lambda: {"usage": self._s.views.usage(self._query("days", 30, 366))},
+            "/api/audit": lambda: {
+                "audit": self._s.views.audit(before=self._before(), most=self._query("max", 100, 1000))
+            },
+        }
+        acting: dict[str, Callable[..., Any]] = {
+            "/api/approvals/<number:int>/approve": self.approve,
+            "/api/approvals/<number:int>/deny": self.deny,
+            "/api/agents": self.spawn,
+            "/api/agents/<name>/<action>": self.act,
+            "/api/messages": self.send,
+            "/api/messages/read": self.read,
+            "/api/questions/<number:int>/answer": self.answer,
+            "/api/questions/<number:int>/cancel": self.cancel_question,
+            "/api/schedules": self.schedule,
+            "/api/schedules/<number:int>/cancel": self.cancel_schedule,
+            "/api/pause_all": self.pause_all,
+        }
+        for method, routes, options in (
+            ("GET", open_to_all, {"open": True}),
+            ("GET", reading, {}),
+            ("POST", acting, {}),
+        ):
+            for path, handler in routes.items():
+                yield method, path, handler, options
+
+    # -- what the routes read
+
+    def _query(self, key: str, default: int, most: int) -> int:
+        text = self._request.query.get(key, "")
+        if not text:
+            return default
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise Refused("bad_request", f"{key}={text[:40]!r} must be a whole number from 1 to {most}")
+        return int(text)
+
+    def _before(self) -> int | None:
+        return self._query("before", 0, 2**53) or None
+
+    def _body(self) -> Fields:
+        raw = self._request.body.read(BODY_MAX + 1)
+        if len(raw) > BODY_MAX:
+            raise Refused("too_large", f"a body may have at most {BODY_MAX} bytes")
+        return Fields(parse_object(raw or b"{}", "the body"))
+
+    # -- GET
+
+    def static(self, name: str) -> bytes:
+        path = self._files.get(name)
+        if path is None:
+            raise Refused("not_found", "there is nothing at this address")
+        self._response.content_type = CONTENT_TYPES[path.suffix]
+        self._response.set_header("Cache-Control", "no-cache")
+        return path.read_bytes()
+
+    def state(self) -> Json:
+        seq = self._s.hub.seq  # before reading: a change that falls in between is replayed, not lost
+        self._s.approvals.fail_orphans()
+        return {"seq": seq} | self._s.views.snapshot()
+
+    def agent(self, name: str) -> Json:
+        rows = self._s.views.agents(check_name(name), kept=True)
+        if not rows:
+            raise Refused("unknown_agent", f"there is no agent {name!r}")
+        return {
+            "agent": rows[0],
+            "events": self._s.views.events(agent=name),
+            "questions": self._s.views.questions(status="open", who=name),
+            "reminders": self._s.views.reminders(name),
+        }
+
+    def events(self, name: str) -> Json:
+        """Older events; what the host no longer keeps is asked of the harness and comes over the stream."""
+        check_name(name)
+        before, most = self._before(), self._query("max", 300, 1000)
+        found = self._s.views.events(agent=name, before=before, most=most)
+        if before and len(found) < most and before > 1:
+            oldest = found[0]["id"] if found else before
+            if oldest > 1 and name in self._s.agents.connected:
+                self._s.store.write(
+                    lambda tx: self._s.broker.control(
+                        tx, name, Control.SEND_HISTORY, before=oldest, max=most - len(found)
+                    )
+                )
+        return {"events": found}
+
+    def approvals(self) -> Json:
+        self._s.approvals.fail_orphans()
+        status = Fields(dict(self._request.query), strict=False).choice("status", Status, default=None)
+        return {"approvals": self._s.views.approvals(status)}
+
+    def approval(self, number: int) -> Json:
+        return {"approval": self._s.views.approval(number, diff=True)}
+
+    def messages(self) -> Json:
+        who = self._request.query.get("with") or None
+        if who not in (None, OPERATOR, SYSTEM):
+            check_name(who)
+        return {"messages": self._s.views.messages(before=self._before(), most=self._query("max", 100, 1000), who=who)}
+
+    def questions(self) -> Json:
+        return {"questions": self._s.views.questions(status=self._request.query.get("status") or None)}
+
+    def deploys(self) -> Json:
+        agent = self._request.query.get("agent")
+        return {"deploys": self._s.views.deploys(agent=check_name(agent) if agent else None)}
+
+    def metrics(self) -> bytes:
+        self._response.content_type = "text/plain; version=0.0.4; charset=utf-8"
+        self._response.set_header("Cache-Control", "no-store")
+        return metrics_text(self._s).encode()
+
+    def stream(self) -> Iterator[bytes]:
+        agent = self._request.query.get("agent", "")
+        if agent:
+            check_name(agent)
+        after = self._request.get_header("Last-Event-ID", "")
+        if self._request.environ.get("SERVER_PROTOCOL") != "HTTP/1.1":
+            raise Refused("bad_request", "the stream needs HTTP/1.1")
+        channel = self._request.environ["waitress.client_disconnected"].__self__
+        self._response.content_type = "text/event-stream; charset=utf-8"
+        self._response.set_header("Cache-Control", "no-store")
+        return self._hand_over(channel, after, agent)
+
+    def _hand_over(self, channel: Any, after: str, agent: str) -> Iterator[bytes]:
+        """Waitress writes status and headers with the first chunk; then the socket becomes the hub's.
+
+        Waitress closes its own descriptor, with no terminator and no FIN, since ours is open still.
+        """
+        from waitress.channel import ClientDisconnected
+
+        yield b": hyperhive\n\n"
+        end = time.monotonic() + HANDOVER_S
+        while channel.connected and channel.total_outbufs_len and time.monotonic() < end:
+            time.sleep(0.001)
+        if channel.connected and not channel.total_outbufs_len:
+            self._s.hub.join(Stream(channel.socket.dup(), "sse", after, agent))
+        raise ClientDisconnected
+
+    # -- POST
+
+    def approve(self, number: int) -> Json:
+        f = self._body()
+        note, sha = f.text("note", default=None, blank=True), f.text("sha", default=None)
+        f.done()
+        self._s.approvals.fail_orphans()
+        self._s.approvals.approve(self._actor, number, note or None, sha)
+        return {"approval": self._s.views.approval(number)}
+
+    def deny(self, number: int) -> Json:
+        f = self._body()
+        note = f.text("note", default=None, blank=True)
+        f.done()
+        self._s.approvals.deny(self._actor, number, note or None)
+        return {"approval": self._s.views.approval(number)}
+
+    def spawn(self) -> Json:
+        f = self._body()
+        name, description = f.name(), f.text("description", default="", blank=True)
+        f.done()
+        return {"deploy_id": self._s.deploys.spawn(self._actor, name, description)}
+
+    def act(self, name: str, action: str) -> Json:
+        check_name(name)
+        f = self._body()
+        if action == "destroy":
+            return self._destroy(name, f)
+        if action in CONTROL_ACTIONS:
+            return self._control(name, CONTROL_ACTIONS[action], f)
+        handler = self._actions().get(action)
+        if handler is None:
+            raise Refused(
+                "not_found",
+                f"there is no action {action[:40]!r}",
+                f"known: {', '.join([*self._actions(), 'destroy', *CONTROL_ACTIONS])}",
+            )
+        f.done()
+        return handler(name) or {}
+
+    def _actions(self) -> dict[str, Callable[[str], Json | None]]:
+        agents, deploys, actor = self._s.agents, self._s.deploys, self._actor
+        return {
+            "start": lambda name: agents.start(actor, name),
+            "stop": lambda name: agents.stop(actor, name),
+            "restart": lambda name: agents.restart(actor, name),
+            "kill": lambda name: agents.stop(actor, name, graceful=False),
+            "pause": lambda name: self._pause(name, paused=True),
+            "resume": lambda name: self._pause(name, paused=False),
+            "rebuild": lambda name: {"deploy_id": deploys.rebuild(actor, name)},
+            "rollback": lambda name: {"deploy_id": deploys.rollback(actor, name)},
+        }
+
+    def _pause(self, name: str, *, paused: bool) -> None:
+        self._s.store.write(lambda tx: self._s.broker.pause(tx, self._actor, name, paused=paused))
+
+    def _destroy(self, name: str, f: Fields) -> Json:
+        confirm, purge = f.text("confirm"), f.flag("purge")
+        f.done()
+        if confirm != name:
+            raise Refused("bad_request", f"to destroy {name}, its name must be typed again", 'send {"confirm": NAME}')
+        self._s.agents.destroy(self._actor, name, purge=purge)
+        return {}
+
+    def _control(self, name: str, do: Control, f: Fields) -> Json:
+        fields: Json = {}
+        if do is Control.SET_MODEL:
+            fields["model"] = f.text("model", max_bytes=100)
+        if do is Control.LOGIN_FINISH:
+            fields["code"] = f.text("code")
+        f.done()
+        control_agent(self._s, self._actor, name, do, fields)
+        return {}
+
+    def send(self) -> Json:
+        f = self._body()
+        draft = draft_from(f, OPERATOR, self._s.config.limits)
+        f.done()
+        ids = self._s.broker.send(draft)
+        return {"id": ids[0]} | ({"ids": ids} if draft.to == EVERYONE else {})
+
+    def read(self) -> Json:
+        f = self._body()
+        ids = f.items("ids", int, most=1000)
+        f.done()
+        return {"read": self._s.broker.mark_read(ids)}
+
+    def answer(self, number: int) -> Json:
+        f = self._body()
+        text = f.text("text", max_bytes=self._s.config.limits.body_bytes)
+        f.done()
+        self._s.broker.answer(self._actor, number, text)
+        return {"question": self._s.views.questions(number=number)[0]}
+
+    def cancel_question(self, number: int) -> Json:
+        self._body().done()
+        self._s.broker.cancel_question(self._actor, number)
+        return {}
+
+    def schedule(self) -> Json:
+        f = self._body()
+        detail = self._requests.schedule(self._actor, f, None).detail
+        f.done()
+        to, every = detail["to"], detail.get("every_s")
+        number = self._s.store.write(
+            lambda tx: self._s.broker.add_schedule(tx, self._actor, to, detail["body"], detail["first_at"], every)
+        )
+        return {"id": number}
+
+    def cancel_schedule(self, number: int) -> Json:
+        self._body().done()
+        self._s.broker.cancel_schedule(self._actor, number)
+        return {}
+
+    def pause_all(self) -> Json:
+        f = self._body()
+        paused = f.flag("paused", default=MISSING)
+        f.done()
+        pause_everyone(self._s, self._actor, paused=paused)
+        return {}
+
+
+def control_agent(services: Services, actor: Actor, name: str, do: Control, fields: Json) -> None:
+    """Hand a control item to a harness that is there to take it."""
+    services.agents.living(name)
+    if name not in services.agents.connected:
+        raise Refused("conflict", f"{name} is not connected", "start it first")
+
+    def work(tx: Tx) -> None:
+        if do is Control.SET_MODEL:
+            tx.execute("UPDATE agents SET model = ? WHERE name = ?", fields["model"], name)
+        tx.audit(actor, str(do), name, fields.get("model", "ok"))
+        services.broker.control(tx, name, do, **fields)
+
+    services.store.write(work)
+
+
+def metrics_text(services: Services) -> str:
+    """Prometheus text format, version 0.0.4."""
+    agents = services.views.agents()
+    states = defaultdict(int, {"working": 0, "idle": 0, "failed": 0})
+    for row in agents:
+        states[row["state"]] += 1
+    mail = {
+        row["state"]: row["n"]
+        for row in services.store.rows("SELECT state, count(*) AS n FROM messages GROUP BY state")
+    }
+    lines = ["# TYPE hyperhive_agents gauge"]
+    lines += [f'hyperhive_agents{{state="{state}"}} {count}' for state, count in sorted(states.items())]
+    lines += ["# TYPE hyperhive_messages gauge"]
+    lines += [f'hyperhive_messages{{state="{state}"}} {mail.get(state, 0)}' for state in MessageState]
+    lines += ["# TYPE hyperhive_attention gauge", f"hyperhive_attention {len(services.views.attention())}"]
+    lines += ["# TYPE hyperhive_cost_today_usd gauge", f"hyperhive_cost_today_usd {services.views.spent_today()}"]
+    lines += ["# TYPE hyperhive_unread gauge"]
+    lines += [f'hyperhive_unread{{agent="{row["name"]}"}} {row["unread"]}' for row in agents]
+    return "\n".join(lines) + "\n"
+
+
+class Dashboard:
+    """The application on waitress, in a thread of its own."""
+
+    def __init__(self, services: Services, listener: socket.socket) -> None:
+        import waitress
+
+        self._server: Any = waitress.create_server(
+            make_app(services, Gate(services.config, services.token)),
+            sockets=[listener],
+            threads=8,
+            asyncore_use_poll=True,  # with select() the process dies at descriptor 1024
+            connection_limit=1000,
+            channel_request_lookahead=1,
+            channel_timeout=30,
+            cleanup_interval=5,
+            max_request_header_size=16 * 1024,
+            max_request_body_size=BODY_MAX,
+            ident="",
+        )
+        logging.getLogger("waitress").setLevel(logging.WARNING)  # it reports each stream handed over as a disconnect
+        self._thread = threading.Thread(target=self._server.run, name="dashboard", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """`close()` alone does not end `run()` while a keep-alive connection is open."""
+
+        def close_all() -> None:
+            for channel in list(self._server._map.values()):
+                with contextlib.suppress(OSError):
+                    channel.close()
+
+        with contextlib.suppress(OSError):
+            self._server.trigger.pull_trigger(close_all)
+        self._thread.join(5)
+        self._server.task_dispatcher.shutdown(timeout=2)
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Daemon
+# ──────────────────────────────────────────────────────────────────────────────
+
+
+class Daemon:
+    """Puts the rooms together, keeps time, and takes them apart again in order."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._stop = threading.Event()
+        self._closers = contextlib.ExitStack()
+
+    def run(self, on_ready: Callable[[Services], None] = lambda services: None) -> None:
+        """Serve until SIGINT or SIGTERM. `on_ready` is called once, when everything answers."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self._stop.set())
+        with self._closers:
+            services = self._begin()
+            if services is not None:
+                log.info("ready: %s", self.config.home_url)
+                on_ready(services)
+                self._keep_time(services)
+                log.info("stopping")
+
+    def _begin(self) -> Services | None:
+        """None when a signal came while we waited for the port."""
+        config = self.config
+        make_folders(config)
+        self._closers.enter_context(only_daemon(config))
+        listener = self._listen()
+        if listener is None:
+            return None
+        store = Store(config.database)
+        self._closers.callback(store.close)
+        services = self._assemble(store)
+        self._closers.callback(services.agents.containers.leave)
+        services.approvals.fail_orphans()
+        services.agents.recover()
+        services.deploys.begin()
+        self._closers.callback(services.deploys.close)
+        make = functools.partial(HostConnection, services=services)
+        services.doors.open(config.host_socket, self._admin_mode(), make, most=config.limits.connections)
+        self._give_to_admins(config.host_socket)
+        dashboard = Dashboard(services, listener)
+        self._closers.callback(dashboard.close)
+        if config.manager_autostart and store.row("SELECT 1 FROM agents WHERE name = ?", MANAGER) is None:
+            services.deploys.spawn(SYSTEM_ACTOR, MANAGER, "Talks with the operator, and asks before anything changes.")
+        return services
+
+    def _listen(self) -> socket.socket | None:
+        try:
+            listener = listen_on(self.config.listen_address, self.config.port, self._stop)
+        except Refused:
+            if self._stop.is_set():
+                return None
+            raise
+        self._closers.callback(listener.close)
+        return listener
+
+    def _assemble(self, store: Store) -> Services:
+        config = self.config
+        broker = Broker(store, config.limits)
+        repositories = Repositories(config)
+        approvals = Approvals(config, store, broker)
+        agents = Agents(config, store, broker, make_containers(config))
+        deploys = Deploys(config, store, broker, approvals, repositories, agents)
+        views = Views(config, store, agents)
+        hub, doors = Hub(views), Doors()
+        self._closers.callback(hub.close)
+        self._closers.callback(doors.close)
+        self._closers.callback(broker.leave)
+        token = OperatorToken(config.token_file)
+        services = Services(config, store, broker, repositories, approvals, agents, deploys, views, hub, doors, token)
+        store.on_changes = hub.mark
+        approvals.on_deploy = deploys.wake
+        agents.open_door = functools.partial(open_agent_door, services)
+        agents.close_door = lambda name: doors.close_one(config.agent_socket(name))
+        store.write(
+            lambda tx: tx.execute(
+                "UPDATE agents SET state = 'offline', state_since = ? WHERE state != 'offline'", now_ms()
+            )
+        )
+        return services
+
+    def _keep_time(self, services: Services) -> None:
+        cleaned = 0.0
+        while not self._stop.wait(TICK_S):
+            chores: list[Callable[[], None]] = [
+                services.broker.expire_waits,
+                services.broker.fire_due,
+                services.agents.look,
+            ]
+            if time.monotonic() - cleaned > 3600:
+                cleaned = time.monotonic()
+                chores.append(services.broker.forget_old)
+            for chore in chores:
+                try:
+                    chore()
+                except Exception:
+                    log.exception("a chore failed; the next tick tries again")
+
+    def _admin_mode(self) -> int:
+        return 0o660 if group_id(self.config.admin_group) is not None else 0o600
+
+    def _give_to_admins(self, path: Path) -> None:
+        group = group_id(self.config.admin_group)
+        if group is not None:
+            with contextlib.suppress(PermissionError):
+                os.chown(path, -1, group)
+
+
+def open_agent_door(services: Services, name: str) -> None:
+    """Idempotent: a door that is open and still there stays; anything else is closed and opened anew."""
+    path = services.config.agent_socket(name)
+    if not services.doors.is_open(path):
+        make = functools.partial(AgentConnection, name=name, services=services)
+        services.doors.open(path, 0o600, make, most=services.config.limits.connections)
+
+
+def group_id(name: str) -> int | None:
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return None
+
+
+def make_folders(config: Config) -> None:
+    try:
+        config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        config.runtime_dir.mkdir(mode=0o751, parents=True, exist_ok=True)
+        (config.runtime_dir / "agents").mkdir(mode=0o700, exist_ok=True)
+        for folder in (config.state_dir / "applied", config.state_dir / "agents", config.scratch_dir):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        for left in config.scratch_dir.iterdir():
+            remove_tree(left)
+    except OSError as error:
+        raise Refused(
+            "usage", f"can't make {error.filename}: {error.strerror}", "run as root, or choose folders with --dir"
+        ) from None
+
+
+@contextlib.contextmanager
+def only_daemon(config: Config) -> Iterator[None]:
+    """One daemon a state folder. The lock goes with its process, however that ends."""
+    with (config.state_dir / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise Refused("conflict", f"another hyperhive (pid {holder}) serves {config.state_dir} already") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Command line
+# ──────────────────────────────────────────────────────────────────────────────
+# All verbs but serve, demo, restore and doctor are one request at `host.sock`. Standard library alone, so
+# that `list` answers at once. What agents wrote is shown with its control characters made visible.
+
+DEMO_DIR: Final = "hyperhive-demo"
+DEMO_REQUEST: Final = (
+    "Please get somebody to look after our notes: an agent called alice, who keeps /shared tidy and writes an"
+    " index of it. Ask me for whatever you need."
+)
+ASK_TIMEOUT_S: Final = 60.0
+
+
+def ask_daemon(config: Config, **request: Any) -> Json:
+    """One request at `host.sock`; `Refused` when the daemon says no, or is not there."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(ASK_TIMEOUT_S)
+        try:
+            sock.connect(str(config.host_socket))
+            sock.sendall(encode_line(without_none(**request)))
+            line = LineReader(sock, 64 * 1024 * 1024).read()
+        except PermissionError:
+            raise Refused(
+                "forbidden",
+                f"you may not open {config.host_socket}",
+                f"become a member of {config.admin_group}, or root",
+            ) from None
+        except OSError as error:
+            raise Refused(
+                "not_found",
+                f"no hive answers at {config.host_socket}: {error.strerror or error}",
+                "start it with `hyperhive.py serve`, or say where it is with --dir",
+            ) from None
+    if line is None:
+        raise Refused("internal", "the daemon hung up without an answer")
+    answer = parse_object(line, "the daemon's answer")
+    if not answer.get("ok"):
+        raise Refused(
+            str(answer.get("code", "internal")), str(answer.get("error", "refused")), str(answer.get("hint", ""))
+        )
+    return {key: value for key, value in answer.items() if key not in ("ok", "version")}
+
+
+def visible(text: object) -> str:
+    """One line that can't drive a terminal: control and direction characters are shown as escapes."""
+    hidden = "\u200e\u200f\u061c"
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if ord(char) < 32
+        or 127 <= ord(char) < 160
+        or "\u202a" <= char <= "\u202e"
+        or "\u2066" <= char <= "\u2069"
+        or char in hidden
+        else char
+        for char in str(text)
+    )
+
+
+def show_lines(text: str) -> None:
+    for line in text.splitlines():
+        print(visible(line.replace("\t", "    ")))
+
+
+def table(rows: list[Json], *columns: str, empty: str) -> None:
+    """Rows as aligned columns; a cell is one line of at most 60 characters."""
+    if not rows:
+        print(empty)
+        return
+    cells = [[visible(row.get(column, ""))[:60] for column in columns] for row in rows]
+    titles = [column.replace("_", " ") for column in columns]
+    widths = [max(len(line[n]) for line in [titles, *cells]) for n in range(len(columns))]
+    for line in [titles, *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def age(at: str) -> str:
+    seconds = max(0, int(time.time() - datetime.datetime.fromisoformat(at).timestamp()))
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cli:
+    """What a verb gets: its arguments, the settings, and how to answer."""
+
+    args: argparse.Namespace
+    config: Config
+
+    def ask(self, cmd: str, **fields: Any) -> Json:
+        return ask_daemon(self.config, cmd=cmd, **fields)
+
+    def json(self, answer: Json) -> bool:
+        """Print the answer for a program, if that is wanted."""
+        if self.args.json:
+            print(json.dumps(answer, indent=2, ensure_ascii=False))
+        return bool(self.args.json)
+
+    def done(self, answer: Json, text: str) -> None:
+        if not self.json(answer):
+            print(text)
+
+    def follow_deploy(self, deploy: int | None) -> None:
+        """Show a deploy's log until its end, where somebody watches or asked for it."""
+        if deploy is None or not (self.args.wait or (sys.stderr.isatty() and not self.args.json)):
+            return
+        shown = 0
+        while True:
+            row = self.ask("deploys", id=deploy)["deploys"][0]
+            for line in row["log"][shown:]:
+                print(visible(line), file=sys.stderr, flush=True)
+            shown = len(row["log"])
+            if row["phase"] == Phase.FAILED:
+                raise Refused("internal", f"the deploy failed: {row.get('error', '')}")
+            if row["phase"] == Phase.DEPLOYED:
+                return
+            time.sleep(0.2)
+
+
+def cli_serve(cli: Cli) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    Daemon(cli.config).run()
+
+
+def cli_demo(cli: Cli) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    rehearsal = not cli.args.claude
+    command = cli.args.claude or shlex.join([sys.executable, str(HERE / "harness.py"), "rehearsal"])
+    config = dataclasses.replace(cli.config, containers="process", claude=command, rehearsal=rehearsal)
+
+    def ready(services: Services) -> None:
+        link = f"{config.home_url}#token={services.token.value}"
+        services.broker.send(Draft(OPERATOR, MANAGER, DEMO_REQUEST, client_id="demo"))
+        here = (
+            f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'hyperhive.py'))} --dir {shlex.quote(cli.args.dir)}"
+        )
+        if rehearsal:
+            print("A rehearsal: a scripted stand-in plays Claude. No account, no network, nothing reaches a model.")
+        print(f"\n  {link}\n")
+        print("Soon the manager asks to spawn alice. Look at the request, and decide:")
+        print(f"  {here} pending\n  {here} approve 1\nCtrl-C ends it.", flush=True)
+        if not cli.args.no_browser:
+            import webbrowser
+
+            threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()
+
+    Daemon(config).run(ready)
+
+
+def cli_list(cli: Cli) -> None:
+    answer = cli.ask("agents")
+    if cli.json(answer):
+        return
+    rows = [
+        row | {"cost_today": f"${row['cost_today_usd']:.2f}", "age": age(row["state_since"])}
+        for row in answer["agents"]
+    ]
+    table(rows, "name", "state", "age", "unread", "cost_today", "status_text", empty="No agents yet.")
+
+
+def cli_status(cli: Cli) -> None:
+    if cli.args.name:
+        rows = [row for row in cli.ask("agents", kept=True)["agents"] if row["name"] == check_name(cli.args.name)]
+        if not rows:
+            raise Refused("unknown_agent", f"there is no agent {cli.args.name!r}", "`list` shows who is there")
+        if not cli.json({"agent": rows[0]}):
+            for key, value in rows[0].items():
+                print(f"{key.replace('_', ' '):18} {visible(value)}")
+        return
+    agents, waiting = cli.ask("agent_status"), cli.ask("pending")
+    if cli.json(agents | waiting):
+        return
+    rows = agents["agent_statuses"]
+    running, paused = (sum(row[flag] for row in rows) for flag in ("running", "paused"))
+    print(f"{len(rows)} agents, {running} running, {paused} paused")
+    for flag, words in (("failed", "failed"), ("needs_login", "need a sign-in")):
+        names = [row["name"] for row in rows if row[flag]]
+        if names:
+            print(f"{words}: {', '.join(names)}")
+    count = len(waiting["approvals"]) + len(waiting["questions"])
+    print(f"{count} things wait for you: `pending` lists them" if count else "nothing waits for you")
+
+
+def cli_pending(cli: Cli) -> None:
+    answer = cli.ask("pending")
+    if cli.json(answer):
+        return
+    requests = [row | {"age": age(row["requested_at"]), "by": row["requested_by"]} for row in answer["approvals"]]
+    table(requests, "id", "kind", "agent", "by", "age", "description", empty="No request waits for you.")
+    if answer["questions"]:
+        print("\nQuestions (answer ID TEXT):")
+        rows = [
+            row | {"age": age(row["asked_at"]), "options": ", ".join(row.get("options", []))}
+            for row in answer["questions"]
+        ]
+        table(rows, "id", "from", "age", "question", "options", empty="")
+
+
+def cli_show(cli: Cli) -> None:
+    answer = cli.ask("show", id=cli.args.id)
+    if cli.json(answer):
+        return
+    row = answer["approval"]
+    for key in (
+        "id",
+        "kind",
+        "agent",
+        "status",
+        "phase",
+        "requested_by",
+        "requested_at",
+        "description",
+        "fetched_sha",
+        "note",
+    ):
+        if key in row:
+            print(f"{key.replace('_', ' '):13} {visible(row[key])}")
+    if "schedule" in row:
+        print(f"{'schedule':13} {visible(json.dumps(row['schedule'], ensure_ascii=False))}")
+    if row["diff"]:
+        print()
+        show_lines(row["diff"])
+    if "error" in row:
+        print("\nWhat went wrong:")
+        show_lines(row["error"])
+
+
+def cli_approve(cli: Cli) -> None:
+    answer = cli.ask("approve", id=cli.args.id, note=cli.args.note)
+    cli.done(answer, f"approved {cli.args.id}")
+    cli.follow_deploy(cli.ask("show", id=cli.args.id)["approval"].get("deploy_id"))
+
+
+def cli_deny(cli: Cli) -> None:
+    cli.done(cli.ask("deny", id=cli.args.id, note=cli.args.note), f"denied {cli.args.id}")
+
+
+def cli_deploy(cli: Cli) -> None:
+    """spawn, rebuild, rollback."""
+    fields = {"description": cli.args.description} if cli.args.verb == "spawn" else {}
+    answer = cli.ask(cli.args.verb, name=cli.args.name, **fields)
+    cli.done(answer, f"{cli.args.verb} of {cli.args.name} begins (deploy {answer['deploy']})")
+    cli.follow_deploy(answer["deploy"])
+
+
+def cli_start_stop(cli: Cli) -> None:
+    fields = {"graceful": not cli.args.now} if cli.args.verb == "stop" else {}
+    answer = cli.ask(cli.args.verb, scope={"agent_names": cli.args.names}, **fields)
+    past = {"start": "started", "stop": "stopped"}[cli.args.verb]
+    cli.done(answer, f"{past} {', '.join(cli.args.names)}")
+
+
+def cli_restart(cli: Cli) -> None:
+    cli.done(cli.ask("restart", name=cli.args.name), f"restarted {cli.args.name}")
+
+
+def cli_pause(cli: Cli) -> None:
+    """pause and resume, of one agent or of all."""
+    paused = cli.args.verb == "pause"
+    if cli.args.all == bool(cli.args.name):
+        raise Refused("usage", "name an agent, or say --all")
+    answer = (
+        cli.ask("pause_all", paused=paused)
+        if cli.args.all
+        else cli.ask("set_paused", name=cli.args.name, paused=paused)
+    )
+    cli.done(answer, f"{cli.args.verb}d {cli.args.name or 'everyone'}")
+
+
+def cli_destroy(cli: Cli) -> None:
+    name = check_name(cli.args.name)
+    if not cli.args.yes:
+        loss = (
+            "its notes, sign-in, config and mail are wiped" if cli.args.purge else "its notes, config and mail are kept"
+        )
+        try:
+            typed = input(f"This destroys {name}; {loss}. Type its name to go on: ")
+        except EOFError:
+            raise Refused("usage", "nobody typed the name", "scripts say --yes") from None
+        if typed.strip() != name:
+            raise Refused("usage", "that is not its name; nothing was done")
+    cli.done(cli.ask("destroy", name=name, purge=cli.args.purge), f"destroyed {name}")
+
+
+def cli_send(cli: Cli) -> None:
+    text = sys.stdin.read() if cli.args.text == "-" else cli.args.text
+    answer = cli.ask("send", to=cli.args.to, body=text)
+    cli.done(answer, f"sent to {cli.args.to} (message {answer['id']})")
+
+
+def cli_inbox(cli: Cli) -> None:
+    answer = cli.ask("inbox", max=cli.args.max, unread=cli.args.unread, mark_read=not cli.args.keep)
+    if cli.json(answer):
+        return
+    for message in answer["messages"]:
+        mark = "*" if message["state"] == MessageState.QUEUED else " "
+        print(f"{mark} {message['id']}  {message['from']}, {age(message['at'])} ago")
+        for line in message["body"].splitlines():
+            print(f"    {visible(line)}")
+    if not answer["messages"]:
+        print("Nothing for you.")
+
+
+def cli_answer(cli: Cli) -> None:
+    cli.done(cli.ask("answer", id=cli.args.id, text=cli.args.text), f"answered question {cli.args.id}")
+
+
+def cli_logs(cli: Cli) -> None:
+    answer = cli.ask("logs", name=cli.args.name, lines=cli.args.lines)
+    while True:
+        if not cli.json(answer):
+            show_lines("\n".join(answer["lines"]))
+        if not cli.args.follow:
+            return
+        sys.stdout.flush()
+        time.sleep(0.5)
+        answer = cli.ask("logs", name=cli.args.name, lines=LOG_LINES_MAX, after=answer["cursor"])
+
+
+def cli_events(cli: Cli) -> None:
+    answer = cli.ask("events", name=cli.args.name, max=cli.args.lines)
+    last = 0
+    while True:
+        for event in answer["events"]:
+            last = max(last, event["n"])
+            if not cli.args.json:
+                data = visible(json.dumps(event["data"], ensure_ascii=False))[:300]
+                print(f"{event['at']}  {event['agent']:9}  {event['kind']:11}  {data}")
+        if cli.args.json:
+            cli.json(answer)
+        if not cli.args.follow:
+            return
+        sys.stdout.flush()
+        time.sleep(0.5)
+        answer = cli.ask("events", name=cli.args.name, after=last, max=2000)
+
+
+def cli_usage(cli: Cli) -> None:
+    answer = cli.ask("usage", days=cli.args.days)
+    if not cli.json(answer):
+        rows = [row | {"cost": f"${row['cost_usd']:.4f}"} for row in answer["usage"]]
+        table(rows, "day", "agent", "turns", "input_tokens", "output_tokens", "cost", empty="Nothing used yet.")
+
+
+def cli_url(cli: Cli) -> None:
+    home, token = cli.ask("urls")["urls"]["home"], cli.ask("token")["token"]
+    cli.done({"url": f"{home}#token={token}"}, f"{home}#token={token}")
+
+
+def cli_token(cli: Cli) -> None:
+    answer = cli.ask("token", rotate=cli.args.rotate)
+    cli.done(answer, answer["token"])
+
+
+def cli_backup(cli: Cli) -> None:
+    answer = cli.ask("backup", path=str(Path(cli.args.file).absolute()))
+    cli.done(answer, f"wrote {answer['path']}")
+
+
+def cli_restore(cli: Cli) -> None:
+    """With the daemon stopped: the present database is set aside, the backup takes its place."""
+    source = Path(cli.args.file)
+    if not source.is_file():
+        raise Refused("not_found", f"there is no file {source}")
+    make_folders(cli.config)
+    with only_daemon(cli.config):
+        copy = cli.config.scratch_dir / "restore.sqlite"
+        shutil.copyfile(source, copy)
+        _open_database(copy).close()
+        aside = cli.config.database.with_name(f"hive.sqlite.before-restore-{now_ms()}")
+        for suffix in ("", "-wal", "-shm"):
+            old = Path(f"{cli.config.database}{suffix}")
+            if old.exists():
+                old.rename(f"{aside}{suffix}")
+        copy.chmod(0o600)
+        copy.rename(cli.config.database)
+    cli.done({"restored": str(source), "before": str(aside)}, f"restored {source}; what was there is {aside}")
+
+
+def cli_doctor(cli: Cli) -> None:
+    findings = list(doctor(cli.config))
+    if not cli.json({"findings": findings}):
+        for finding in findings:
+            print(f"{'ok  ' if finding['ok'] else 'FIX '} {finding['check']}: {finding['found']}")
+            if not finding["ok"]:
+                print(f"     {finding['fix']}")
+    if not all(finding["ok"] for finding in findings):
+        raise Refused("conflict", "some of this wants your attention")
+
+
+def doctor(config: Config) -> Iterator[Json]:
+    """What a user can get wrong, each with its remedy."""
+
+    def finding(check: str, found: str, fix: str, *, ok: bool) -> Json:
+        return {"check": check, "ok": ok, "found": found} | ({} if ok else {"fix": fix})
+
+    python = sys.version.split()[0]
+    yield finding("Python", python, "use Python 3.11 or newer", ok=sys.version_info >= (3, 11))
+    for module in ("bottle", "waitress"):
+        found = importlib_has(module)
+        yield finding(module, "present" if found else "missing", f"pip install {module}", ok=found)
+    git_path = os.environ.get("HYPERHIVE_GIT") or shutil.which("git")
+    yield finding(
+        "git", git_path or "missing", "install git, or set HYPERHIVE_GIT to its absolute path", ok=bool(git_path)
+    )
+    claude = shutil.which(shlex.split(config.claude)[0])
+    yield finding(
+        "Claude Code", claude or f"{config.claude} is missing", "install it, or set `claude`", ok=bool(claude)
+    )
+    try:
+        agents = ask_daemon(config, cmd="list")["agents"]
+        yield finding("daemon", f"answers; {len(agents)} agents", "", ok=True)
+    except Refused as error:
+        yield finding("daemon", error.message, error.hint, ok=False)
+        holder = port_holder(config.port)
+        yield finding(
+            "port",
+            f"{config.port} is {'taken' + holder if holder else 'free'}",
+            "choose another with --port",
+            ok=not holder,
+        )
+    folder = next(path for path in (config.state_dir, *config.state_dir.parents) if path.exists())
+    free = shutil.disk_usage(folder).free / 1e9
+    yield finding(
+        "disk", f"{free:.1f} GB free at {folder}", "make room: nothing can be stored on a full disk", ok=free > 1
+    )
+    if config.token_file.exists():
+        mode = stat.S_IMODE(config.token_file.stat().st_mode)
+        yield finding("token file", f"mode {mode:o}", f"chmod 600 {config.token_file}", ok=not mode & 0o077)
+
+
+def importlib_has(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def make_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--dir", help="a folder that holds both state/ and run/")
+    common.add_argument("--state-dir", help="where state is kept (default /var/lib/hyperhive)")
+    common.add_argument("--runtime-dir", help="where sockets are (default /run/hyperhive)")
+    common.add_argument("--config", help="a TOML file with settings")
+    common.add_argument("--json", action="store_true", help="answer for programs")
+    parser = argparse.ArgumentParser(
+        prog="hyperhive.py",
+        parents=[common],
+        description="A swarm of Claude Code agents, and the operator's gate in front of it.",
+    )
+    parser.add_argument("--version", action="version", version=f"hyperhive {VERSION}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, handler: Callable[[Cli], None], text: str, *arguments: tuple[str, Json]) -> None:
+        sub = verbs.add_parser(name, parents=[common], help=text, description=text)
+        sub.set_defaults(handler=handler)
+        for flag, options in arguments:
+            short = ("-f",) if flag == "--follow" else ()
+            sub.add_argument(*short, flag, **options)
+
+    add_verbs(verb)
+    return parser
+
+
+def add_verbs(verb: Callable[..., None]) -> None:
+    name: tuple[str, Json] = ("name", {"metavar": "NAME", "help": "an agent"})
+    number: tuple[str, Json] = ("id", {"metavar": "ID", "type": int})
+    names: tuple[str, Json] = ("names", {"metavar": "NAME", "nargs": "+", "help": "agents"})
+    maybe: tuple[str, Json] = ("name", {"metavar": "NAME", "nargs": "?"})
+    note: tuple[str, Json] = ("--note", {"help": "words for whoever asked"})
+    wait: tuple[str, Json] = ("--wait", {"action": "store_true", "help": "show the deploy until its end"})
+    follow: tuple[str, Json] = ("--follow", {"action": "store_true", "help": "go on as more comes"})
+    everyone: tuple[str, Json] = ("--all", {"action": "store_true", "help": "every agent"})
+    port: tuple[str, Json] = ("--port", {"type": int, "help": "of the dashboard (default 7000)"})
+    listen: tuple[str, Json] = (
+        "--listen",
+        {"dest": "listen_address", "help": "address to listen on (default 127.0.0.1)"},
+    )
+    kind: tuple[str, Json] = ("--containers", {"help": "how agents run: process"})
+    browser: tuple[str, Json] = ("--no-browser", {"action": "store_true", "help": "only print the link"})
+    claude: tuple[str, Json] = ("--claude", {"metavar": "PATH", "help": "a real Claude Code, instead of the rehearsal"})
+
+    verb("serve", cli_serve, "run the daemon", port, listen, kind)
+    verb("demo", cli_demo, "a hive to try, in a folder of its own", port, browser, claude)
+    verb("list", cli_list, "the agents")
+    verb("status", cli_status, "does anything need me? or all of one agent", maybe)
+    verb("pending", cli_pending, "requests and questions that wait for you")
+    verb("show", cli_show, "one request, with its diff", number)
+    verb("approve", cli_approve, "let a request happen", number, note, wait)
+    verb("deny", cli_deny, "refuse a request", number, note)
+    description: tuple[str, Json] = ("--description", {"default": "", "help": "what it is for"})
+    verb("spawn", cli_deploy, "make an agent, or revive a destroyed one", name, description, wait)
+    verb("rebuild", cli_deploy, "deploy an agent's present config again", name, wait)
+    verb("rollback", cli_deploy, "deploy the config before the present one", name, wait)
+    verb("start", cli_start_stop, "start agents", names)
+    verb(
+        "stop",
+        cli_start_stop,
+        "stop agents",
+        names,
+        ("--now", {"action": "store_true", "help": "don't wait for the turn"}),
+    )
+    verb("restart", cli_restart, "restart an agent", name)
+    verb("pause", cli_pause, "give an agent no more mail", maybe, everyone)
+    verb("resume", cli_pause, "the reverse of pause", maybe, everyone)
+    purge: tuple[str, Json] = ("--purge", {"action": "store_true", "help": "wipe notes, sign-in, config and mail, too"})
+    verb(
+        "destroy", cli_destroy, "remove an agent", name, purge, ("--yes", {"action": "store_true", "help": "don't ask"})
+    )
+    verb(
+        "send",
+        cli_send,
+        "write to an agent, or to * (all)",
+        ("to", {"metavar": "TO"}),
+        ("text", {"metavar": "TEXT", "help": "or - for stdin"}),
+    )
+    most: tuple[str, Json] = ("--max", {"type": int, "default": 50})
+    keep: tuple[str, Json] = ("--keep", {"action": "store_true", "help": "don't mark them as read"})
+    verb("inbox", cli_inbox, "what agents wrote to you", most, ("--unread", {"action": "store_true"}), keep)
+    verb("answer", cli_answer, "answer a question", number, ("text", {"metavar": "TEXT"}))
+    lines: tuple[str, Json] = ("--lines", {"type": int, "default": 100})
+    verb("logs", cli_logs, "what an agent's harness logged", name, lines, follow)
+    verb("events", cli_events, "what agents do, event by event", maybe, lines, follow)
+    verb("usage", cli_usage, "tokens and cost, by day and agent", ("--days", {"type": int, "default": 7}))
+    verb("url", cli_url, "the dashboard's link, with the token")
+    verb(
+        "token",
+        cli_token,
+        "the dashboard's token",
+        ("--rotate", {"action": "store_true", "help": "make a new one; the old is void"}),
+    )
+    file: tuple[str, Json] = ("file", {"metavar": "FILE"})
+    verb("backup", cli_backup, "write a copy of the database", file)
+    verb("restore", cli_restore, "put a backup back (the daemon must be stopped)", file)
+    verb("doctor", cli_doctor, "check what can be wrong, and name the fix")
+
+
+def config_from(args: argparse.Namespace) -> Config:
+    """Settings: the command line over the environment over the file over the defaults."""
+    folder = getattr(args, "dir", None)
+    if folder is None and args.verb == "demo":
+        folder = args.dir = DEMO_DIR
+    if folder is not None and args.verb == "demo":
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    state = getattr(args, "state_dir", None) or (f"{folder}/state" if folder else os.environ.get("HYPERHIVE_STATE_DIR"))
+    runtime = getattr(args, "runtime_dir", None) or (
+        f"{folder}/run" if folder else os.environ.get("HYPERHIVE_RUNTIME_DIR")
+    )
+    overrides = {key: getattr(args, key, None) for key in ("port", "listen_address", "containers")}
+    file = getattr(args, "config", None) or os.environ.get("HYPERHIVE_CONFIG")
+    return load_config(file, state_dir=state, runtime_dir=runtime, **overrides)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    args.json = getattr(args, "json", False)
+    try:
+        args.handler(Cli(args, config_from(args)))
+        sys.stdout.flush()
+    except Refused as error:
+        report_error(error, as_json=args.json)
+        return 2 if error.code == "usage" else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def report_error(error: Refused, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(error.as_json(), ensure_ascii=False), file=sys.stderr)
+        return
+    print(f"hyperhive: {visible(error.message)}", file=sys.stderr)
+    for line in error.hint.splitlines():
+        print(f"  {visible(line)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
