@@ -1,5 +1,5 @@
 # Everything that is installed goes into .venv and tests/node_modules; `make clean` takes it away again.
-# Only `make test`, only as root and only on Debian, also installs the system's packages that tests run.
+# As root on Debian, missing system packages are installed too: python3-venv, and what the tests run.
 
 PYTHON ?= python3
 TOOLS  := chromium git npm strace
@@ -23,7 +23,7 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 	@echo '  ARGS="…" is passed on by demo and test: make test ARGS="-k broker"'
 
-demo: .venv/run ## a hive on this machine: no NixOS, no account, nothing outside this folder
+demo: .venv/run ## a hive to try, in a folder of its own: no NixOS, no account, no network
 	@.venv/bin/python hyperhive.py demo $(ARGS)
 
 test: system lint tests/node_modules/.package-lock.json ## everything: what it needs, the linters, the tests
@@ -37,8 +37,8 @@ clean: ## removes all that these commands made
 	rm -rf .venv tests/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# Three stamps. `made` is missing while something is being installed, so that whatever breaks off is begun
-# afresh: an installation that was killed halfway looks whole to pip. So is one whose Python has gone.
+# Three stamps. `made` is missing while something is being installed, so that what breaks off is begun afresh:
+# an installation that was killed halfway can look whole to pip. A .venv whose Python has gone is made anew, too.
 .venv/made: .venv/bin/python
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "hyperhive needs Python 3.11 or newer: make PYTHON=/path/to/python3"; exit 1; }
