@@ -1,0 +1,100 @@
+// The agent's own page: the same parts as the dashboard's view of an agent, fed by the harness itself.
+
+import { h, render } from "./dom.js";
+import { dollars, set_clock } from "./text.js";
+import { logo, panel, toggled } from "./parts.js";
+import { begin, get, Stream, take_token_from_address } from "./api.js";
+import { changed, connected, draw_with, state } from "./store.js";
+import { banner, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
+import { agent_main, agent_side } from "./agent.js";
+import { Transcript } from "./transcript.js";
+
+let agent = null;
+let transcript = null;
+let threads = { questions: [], reminders: [] };
+let stream = null;
+let refused = null;
+
+// ── What comes in ────────────────────────────────────────────────────────────────────────────────
+
+const older = (before, max) => get(`/api/events?before=${before}&max=${max}`).then((answer) => answer.events);
+
+function take(kind, data) {
+  if (kind === "snapshot") take_snapshot(data);
+  else if (data.kind === "agent") agent = data.row;
+  else if (data.kind === "events") take_events(data.events);
+  changed();
+}
+
+function take_snapshot(snapshot) {
+  if (snapshot.now) set_clock(snapshot.now);
+  agent = snapshot.agent;
+  transcript ??= new Transcript(agent.name, older);
+  transcript.refresh(snapshot.events);
+  state.ready = true;
+  load_threads();
+}
+
+function take_events(events) {
+  transcript.add(events);
+  if (events.some((event) => event.kind === "tool_result" || event.kind === "turn_end")) load_threads();
+}
+
+let loading = false;
+
+/** At most one a second: tools may come fast. */
+async function load_threads() {
+  if (loading) return;
+  loading = true;
+  await new Promise((resolve) => { setTimeout(resolve, 1000); });
+  loading = false;
+  try {
+    const { asked, to_answer, reminders } = await get("/api/threads");
+    threads = { questions: [...asked, ...to_answer], reminders };
+  } catch {
+    return; // the banner tells of a lost connection; what was known stays
+  }
+  changed();
+}
+
+// ── Drawing ──────────────────────────────────────────────────────────────────────────────────────
+
+function draw() {
+  if (refused !== null) return render(document.body, token_view(refused, "The dashboard's links to this page carry it.", start));
+  document.title = agent ? `${agent.name} · hyperhive` : "hyperhive";
+  draw_following(() => render(document.body, top(), banner(), page()), true);
+}
+
+function top() {
+  return h("header", { class: "top", key: "top" }, h("div", { class: "top-inner" },
+    h("div", { class: "brand" }, logo(), h("h1", null, agent?.name ?? "hyperhive")),
+    h("p", { class: "live dim" }, live_dot(), state.live ? "live" : "disconnected", agent && ` · ${dollars(agent.cost_today_usd)} today`)));
+}
+
+function page() {
+  if (!agent) return h("main", { key: "main", class: "page" }, h("div", { class: "column-main" }, panel(null, h("p", { class: "empty" }, "Connecting…"))));
+  return h("div", { key: "page", class: "page wide" },
+    h("main", { class: "column-main" }, agent_main(agent, transcript, { base: "/api" }, null)),
+    h("aside", { class: `column-side ${toggled("side") ? "shown" : ""}`, "aria-label": "State" }, agent_side(agent, "/api", threads)));
+}
+
+// ── Start ────────────────────────────────────────────────────────────────────────────────────────
+
+function start() {
+  refused = begin({ on_refused }) ? null : "";
+  stream?.stop();
+  stream = refused === null ? new Stream({ path: "/api/stream", on_event: take, on_state: connected }) : null;
+  follow_from_now(true);
+  changed();
+}
+
+function on_refused(message) {
+  refused = message;
+  stream?.stop();
+  stream = null;
+  changed();
+}
+
+draw_with(draw);
+addEventListener("hashchange", () => take_token_from_address() && start());
+start();

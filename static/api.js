@@ -1,0 +1,172 @@
+// Talking to the hive: the token, JSON calls with their one error shape, and the live stream.
+
+const STORED = "hyperhive-token";
+let token = "";
+let refuse = () => {};
+
+export class Refusal extends Error {
+  constructor(message, { code = "", hint = "", status = 0 } = {}) {
+    super(message);
+    Object.assign(this, { code, hint, status });
+  }
+}
+
+// ── The token ────────────────────────────────────────────────────────────────────────────────────
+// It comes once, behind the # of the link (which no server sees), and leaves the address bar at once.
+
+/** Takes the token from the address or from the last visit. `on_refused` is told when it no longer opens anything. */
+export function begin({ on_refused }) {
+  refuse = on_refused;
+  if (!take_token_from_address()) token = localStorage.getItem(STORED) ?? "";
+  return token !== "";
+}
+
+export function take_token_from_address() {
+  const match = /^#token=(.+)$/.exec(location.hash);
+  if (!match) return false;
+  keep_token(decodeURIComponent(match[1]));
+  history.replaceState(null, "", location.pathname + location.search);
+  return true;
+}
+
+export function keep_token(text) {
+  token = text.trim();
+  localStorage.setItem(STORED, token);
+}
+
+// ── Calls ────────────────────────────────────────────────────────────────────────────────────────
+
+export const get = (path) => call("GET", path);
+export const post = (path, body = {}) => call("POST", path, body);
+
+/** The same id for the same text until it was taken: pressing Send again after a lost answer is harmless. */
+const unsent = new Map();
+
+export async function send_message(key, message) {
+  const text = JSON.stringify(message);
+  if (unsent.get(key)?.text !== text) unsent.set(key, { text, client_id: random_id() });
+  const answer = await post("/api/messages", { ...message, client_id: unsent.get(key).client_id });
+  unsent.delete(key);
+  return answer;
+}
+
+// Not crypto.randomUUID: browsers have it on https and localhost only.
+const random_id = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+
+async function call(method, path, body) {
+  const headers = { Authorization: `Bearer ${token}` };
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(path, { method, headers, body: body && JSON.stringify(body), cache: "no-store" });
+  } catch {
+    throw new Refusal("The hive can't be reached.", { code: "unreachable", hint: "Nothing was changed that this page knows of. Try again when it is back." });
+  }
+  const answer = await response.json().catch(() => ({}));
+  if (response.ok) return answer;
+  throw refusal(response, answer);
+}
+
+function refusal(response, answer) {
+  if (response.status === 401) refuse("This token is not valid (any more).");
+  const text = answer.error ?? `The hive answered ${response.status}.`;
+  return new Refusal(text, { code: answer.code, hint: answer.hint ?? wait_hint(response), status: response.status });
+}
+
+function wait_hint(response) {
+  const seconds = response.headers.get("Retry-After");
+  return seconds ? `Try again in ${seconds} s.` : "";
+}
+
+// ── The live stream ──────────────────────────────────────────────────────────────────────────────
+// Server-sent events over fetch, so that the token goes along as a header. The server says something at
+// least every 15 s; silence of 40 s is a dead connection.
+
+const FIRST_WAIT_MS = 500;
+const LONGEST_WAIT_MS = 10000;
+const SILENCE_MS = 40000;
+
+export class Stream {
+  constructor({ path, on_event, on_state }) {
+    Object.assign(this, { path, on_event, on_state, last_id: "", wait_ms: FIRST_WAIT_MS, stopped: false });
+    addEventListener("online", () => this.hurry());
+    document.addEventListener("visibilitychange", () => document.hidden || this.hurry());
+    this.run();
+  }
+
+  /** Connect again, to another path: what was missed meanwhile comes along. */
+  move(path) {
+    if (path === this.path) return;
+    this.path = path;
+    this.moving = true;
+    this.cut?.abort();
+    this.hurry();
+  }
+
+  hurry() { this.wake?.(); }
+
+  async run() {
+    while (!this.stopped) {
+      try {
+        await this.listen();
+      } catch (error) {
+        if (error.status === 401) return;
+      }
+      if (this.moving) { this.moving = false; continue; }
+      this.on_state(false);
+      await new Promise((resolve) => { this.wake = resolve; setTimeout(resolve, this.wait_ms * (0.75 + Math.random() / 2)); });
+      this.wake = null;
+      this.wait_ms = Math.min(this.wait_ms * 2, LONGEST_WAIT_MS);
+    }
+  }
+
+  async listen() {
+    this.cut = new AbortController();
+    const headers = { Authorization: `Bearer ${token}` };
+    if (this.last_id) headers["Last-Event-ID"] = this.last_id;
+    this.expect();
+    try {
+      const response = await fetch(this.path, { headers, signal: this.cut.signal, cache: "no-store" });
+      if (!response.ok) throw refusal(response, await response.json().catch(() => ({})));
+      this.wait_ms = FIRST_WAIT_MS;
+      this.on_state(true);
+      await this.read(response.body.pipeThrough(new TextDecoderStream()).getReader());
+    } finally {
+      clearTimeout(this.timer);
+    }
+  }
+
+  expect() {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.cut.abort(), SILENCE_MS);
+  }
+
+  async read(reader) {
+    let rest = "";
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      this.expect();
+      const blocks = (rest + value).replaceAll("\r\n", "\n").split("\n\n");
+      rest = blocks.pop();
+      blocks.forEach((block) => this.take(block));
+    }
+  }
+
+  take(block) {
+    let kind = "message";
+    const data = [];
+    for (const line of block.split("\n")) {
+      if (line.startsWith("id:")) this.last_id = line.slice(3).trim();
+      else if (line.startsWith("event:")) kind = line.slice(6).trim();
+      else if (line.startsWith("data:")) data.push(line.slice(5).replace(/^ /, ""));
+    }
+    if (data.length) this.on_event(kind, JSON.parse(data.join("\n")));
+  }
+
+  stop() {
+    this.stopped = true;
+    this.cut?.abort();
+    this.hurry();
+  }
+}

@@ -1,0 +1,176 @@
+// The dashboard: which view is shown, what stands around it, and the one stream that feeds it.
+
+import { h, render } from "./dom.js";
+import { dollars, plural } from "./text.js";
+import { button, heading, logo, panel, refusal, REHEARSAL, toggled } from "./parts.js";
+import { begin, post, Stream, take_token_from_address } from "./api.js";
+import { changed, connected, draw_with, is_running_phase, living_agents, state, take } from "./store.js";
+import { banner, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
+import { approval_card, detail, forget_details, press } from "./approval.js";
+import { call_keys, call_view, load_past, past_view } from "./call.js";
+import { agents_brief, agents_view } from "./agents.js";
+import { agent_view, agent_view_side, load_agent, show_agent } from "./agent.js";
+import { flow_brief, flow_view, mark_read, unread_count } from "./flow.js";
+import { deploys_view } from "./deploys.js";
+import { load_usage, usage_view } from "./usage.js";
+import { load_system, system_view } from "./system.js";
+
+// ── Routes ───────────────────────────────────────────────────────────────────────────────────────
+// view(...): the main column · side(...): the other · enter(...): once, when one comes · tab: which one is lit
+// follows: the view grows at its end
+
+const usual_side = () => [agents_brief(), flow_brief()];
+
+const ROUTES = [
+  { path: /^\/call$/, tab: "call", view: call_view, keys: call_keys },
+  { path: /^\/approvals$/, tab: "call", view: past_view, enter: load_past },
+  { path: /^\/approvals\/(\d+)$/, tab: "call", view: one_approval, keys: (event, id) => approval_known(id) && press(approval_known(id), event.key) },
+  { path: /^\/agents$/, tab: "agents", view: agents_view, side: flow_brief },
+  { path: /^\/agents\/([a-z][a-z0-9-]*)$/, tab: "agents", view: agent_view, side: agent_view_side, enter: show_agent, follows: true, wide: true },
+  { path: /^\/flow$/, tab: "flow", view: () => flow_view(null), side: agents_brief, follows: true },
+  { path: /^\/flow\/thread\/(\d+)$/, tab: "flow", view: (id) => flow_view(Number(id)), side: agents_brief, follows: true },
+  { path: /^\/deploys$/, tab: "deploys", view: deploys_view },
+  { path: /^\/usage$/, tab: "usage", view: usage_view, enter: load_usage },
+  { path: /^\/system$/, tab: "system", view: system_view, enter: load_system },
+  { path: /^\/more$/, tab: "more", view: more_view },
+];
+
+function where() {
+  const path = location.hash.replace(/^#/, "") || "/call";
+  for (const route of ROUTES) {
+    const match = route.path.exec(path);
+    if (match) return { route, parts: match.slice(1) };
+  }
+  return { route: ROUTES[0], parts: [] };
+}
+
+const approval_known = (id) => state.approvals.find((row) => row.id === Number(id)) ?? (detail(Number(id))?.id ? detail(Number(id)) : null);
+
+function one_approval(id) {
+  const row = approval_known(id);
+  const error = detail(Number(id))?.error;
+  return [heading(`Request #${id}`, h("a", { href: "#/approvals" }, "All requests")),
+    row ? approval_card(row, { keys: true }) : panel({ class: "pad" }, error ? h("p", { class: "refusal", role: "alert" }, error.message) : "Loading…")];
+}
+
+// ── Around the view ──────────────────────────────────────────────────────────────────────────────
+
+const TABS = [
+  ["call", "Your call", () => state.attention.length],
+  ["agents", "Agents", () => 0],
+  ["flow", "Flow", unread_count],
+  ["deploys", "Deploys", () => state.deploys.filter((deploy) => is_running_phase(deploy.phase)).length],
+  ["usage", "Usage", () => 0, "roomy"],
+  ["system", "System", () => 0, "roomy"],
+  ["more", "More", () => 0, "narrow"],
+];
+
+const COUNTED = { call: "waiting for you", flow: "unread", deploys: "running" };
+
+function tab([name, label, number_of, room], lit) {
+  const number = number_of();
+  return h("a", { key: name, href: `#/${name}`, class: room ?? "", "aria-current": name === lit ? "page" : null },
+    label, number > 0 && h("span", { class: `count ${name === "call" ? "" : "quiet-count"}`, "aria-label": `${number} ${COUNTED[name]}` }, number));
+}
+
+function pause_all() {
+  const agents = living_agents();
+  const paused = agents.length > 0 && agents.every((agent) => agent.paused);
+  return agents.length > 0 && button("pause_all", paused ? "Resume all" : "Pause all", () => post("/api/pause_all", { paused: !paused }));
+}
+
+function top(lit) {
+  return h("header", { class: "top", key: "top" },
+    h("div", { class: "top-inner" },
+      h("a", { class: "brand", href: "#/call" }, logo(), h("h1", null, "hyperhive")),
+      h("nav", { "aria-label": "Views" }, TABS.map((one) => tab(one, lit))),
+      h("p", { class: "live dim" }, live_dot(), state.live ? "live" : "disconnected", ` · ${plural(living_agents().length, "agent")} · ${dollars(state.usage.today_usd)} today`),
+      h("div", { class: "roomy" }, pause_all())));
+}
+
+function more_view() {
+  return [heading("More"), panel(null, [["usage", "Usage", "what it cost, by agent and day"], ["system", "System", "what runs here, schedules, audit"], ["approvals", "All requests", "and how they ended"]]
+    .map(([name, label, about]) => h("a", { class: "row line", href: `#/${name}` }, h("strong", null, label), h("span", { class: "dim" }, about)))),
+  h("div", { class: "buttons after" }, pause_all())];
+}
+
+// ── Drawing ──────────────────────────────────────────────────────────────────────────────────────
+
+let refused = null;
+
+function draw() {
+  if (refused !== null) {
+    document.title = "hyperhive";
+    return render(document.body, token_view(refused, "`hyperhive.py url` on the machine of the hive prints the link with it.", start));
+  }
+  const { route, parts } = where();
+  const waiting = state.attention.length;
+  document.title = `${waiting ? `(${waiting}) ` : ""}hyperhive`;
+  draw_following(() => render(document.body, top(route.tab), banner(), page(route, parts)), route.follows);
+  if (route.tab === "flow") mark_read();
+}
+
+function page(route, parts) {
+  if (!state.ready) return h("main", { key: "main", class: "page" }, h("div", { class: "column-main" }, panel(null, h("p", { class: "empty" }, "Connecting…"))));
+  return h("div", { key: "page", class: `page ${route.wide ? "wide" : ""}` },
+    h("main", { id: "main", tabindex: "-1", class: "column-main" },
+      state.hive.rehearsal && !route.wide && h("p", { key: "rehearsal", class: "rehearsal" }, REHEARSAL),
+      refusal("pause_all"), h("div", { key: location.hash || "#/call" }, route.view(...parts))),
+    h("aside", { class: `column-side ${toggled("side") ? "shown" : ""}`, "aria-label": "Beside" }, h("div", { key: route.side ? location.hash : "usual" }, (route.side ?? usual_side)(...parts))));
+}
+
+// ── Events ───────────────────────────────────────────────────────────────────────────────────────
+
+let stream = null;
+
+const stream_path = ({ route, parts }) => (route.enter === show_agent ? `/api/stream?agent=${parts[0]}` : "/api/stream");
+
+function go() {
+  if (take_token_from_address()) return start();
+  const place = where();
+  follow_from_now(Boolean(place.route.follows));
+  if (!place.route.follows) scrollTo({ top: 0, behavior: "instant" });
+  if (refused !== null) return;
+  stream?.move(stream_path(place));
+  place.route.enter?.(...place.parts);
+  changed();
+}
+
+function on_live(live) {
+  const returned = live && !state.live && state.ready;
+  connected(live);
+  if (!returned) return;
+  forget_details();
+  load_agent();
+}
+
+const TYPING = "input, textarea, select, [contenteditable]";
+
+function on_key(event) {
+  if (event.key === "Escape" && event.target.matches?.(TYPING)) return event.target.blur();
+  if (refused !== null || event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.(TYPING)) return;
+  const { route, parts } = where();
+  route.keys?.(event, ...parts);
+}
+
+function on_refused(message) {
+  refused = message;
+  stream?.stop();
+  stream = null;
+  changed();
+}
+
+function start() {
+  refused = begin({ on_refused }) ? null : "";
+  stream?.stop();
+  stream = null;
+  if (refused === null) stream = new Stream({ path: stream_path(where()), on_event: take, on_state: on_live });
+  go();
+  changed();
+}
+
+draw_with(draw);
+addEventListener("hashchange", go);
+addEventListener("keydown", on_key);
+document.addEventListener("visibilitychange", changed);
+start();

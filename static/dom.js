@@ -1,0 +1,154 @@
+// The renderer: views are functions that return plain descriptions (`h`), `render` makes the page equal
+// to them and touches nothing else. So half-typed text, focus, selection and scroll survive every update.
+//
+// All text goes through `visible` here, in one place: what an agent writes is hostile, and no view can forget it.
+
+const NODE = Symbol("description this element was made from");
+const SVG = "http://www.w3.org/2000/svg";
+
+// ── Safe text ────────────────────────────────────────────────────────────────────────────────────
+
+const ANSI = /\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|[ -/]*[0-~])/g;
+const UNSEEN = /[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]/gu;
+
+function name_of(char) {
+  const code = char.codePointAt(0);
+  if (code < 0x20) return String.fromCharCode(0x2400 + code);
+  return `⟨U+${code.toString(16).toUpperCase().padStart(4, "0")}⟩`;
+}
+
+/** Text as a person may trust it: ANSI sequences gone, control and direction characters spelled out. */
+export function visible(text) {
+  return String(text).replace(ANSI, "").replaceAll("\r\n", "\n").replace(UNSEEN, name_of);
+}
+
+// ── Descriptions ─────────────────────────────────────────────────────────────────────────────────
+
+/** `h("p", {class: "dim", key: 7}, "text", child, [more], cond && child)` */
+export function h(tag, props, ...children) {
+  return { tag, props: props ?? {}, key: props?.key, children: present(children) };
+}
+
+/** A part that is built again only when one of `deps` changed: long lists stay cheap. */
+export function memo(key, deps, build) {
+  return { key, deps, build };
+}
+
+function present(children) {
+  return children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false && child !== "");
+}
+
+// ── Making the page equal ────────────────────────────────────────────────────────────────────────
+
+export function render(parent, ...wanted) {
+  const focus = document.activeElement;
+  const selection = focus && "selectionStart" in focus ? [focus.selectionStart, focus.selectionEnd] : null;
+  reconcile(parent, present(wanted));
+  if (focus && focus !== document.activeElement && focus.isConnected && parent.contains(focus)) {
+    focus.focus({ preventScroll: true });
+    if (selection && selection[0] !== null) focus.setSelectionRange(...selection);
+  }
+}
+
+function reconcile(parent, wanted) {
+  const [keyed, loose] = sort_by_key(parent);
+  const reused = wanted.map((want) => take(want, keyed, loose));
+  for (const gone of [...keyed.values(), ...loose]) gone.remove();
+  let at = parent.firstChild;
+  wanted.forEach((want, index) => {
+    const old = reused[index];
+    if (old && old === at) {
+      at = at.nextSibling;
+      update(old, want);
+    } else {
+      parent.insertBefore(old ? update(old, want) : create(want, parent), at);
+    }
+  });
+}
+
+function sort_by_key(parent) {
+  const keyed = new Map();
+  const loose = [];
+  for (const dom of parent.childNodes) {
+    const key = dom[NODE]?.key;
+    if (key === undefined || keyed.has(key)) loose.push(dom);
+    else keyed.set(key, dom);
+  }
+  return [keyed, loose];
+}
+
+function take(want, keyed, loose) {
+  if (want.key !== undefined) {
+    const dom = keyed.get(want.key);
+    if (!dom || (want.tag && dom[NODE].tag !== want.tag)) return null;
+    keyed.delete(want.key);
+    return dom;
+  }
+  const index = loose.findIndex((dom) => dom[NODE]?.key === undefined && dom[NODE]?.tag === want.tag);
+  return index < 0 ? null : loose.splice(index, 1)[0];
+}
+
+function same(a, b) {
+  return a && b && a.length === b.length && a.every((value, index) => Object.is(value, b[index]));
+}
+
+function build(want) {
+  return { ...want.build(), key: want.key, deps: want.deps };
+}
+
+function create(want, parent) {
+  if (typeof want !== "object") return text_node(want);
+  const node = want.build ? build(want) : want;
+  const dom = document.createElementNS(node.tag === "svg" ? SVG : parent.namespaceURI, node.tag);
+  set_props(dom, {}, node.props);
+  dom[NODE] = node;
+  if (node.children.length) reconcile(dom, node.children);
+  if ("value" in node.props) dom.value = node.props.value;
+  node.props.made?.(dom);
+  return dom;
+}
+
+function text_node(text) {
+  const dom = document.createTextNode(visible(text));
+  dom[NODE] = { text: String(text) };
+  return dom;
+}
+
+function update(dom, want) {
+  const old = dom[NODE];
+  if (typeof want !== "object") {
+    if (old.text !== String(want)) dom.textContent = visible(want);
+    old.text = String(want);
+    return dom;
+  }
+  if (want.deps && same(old.deps, want.deps)) return dom;
+  const node = want.build ? build(want) : want;
+  if (node.tag !== old.tag) {
+    const fresh = create(node, dom.parentNode);
+    dom.replaceWith(fresh);
+    return fresh;
+  }
+  set_props(dom, old.props, node.props);
+  dom[NODE] = node;
+  if (!customElements.get(node.tag)) reconcile(dom, node.children);
+  return dom;
+}
+
+// `value` and `made` count once, when the element is made: afterwards what is typed belongs to the person.
+const ONCE = new Set(["key", "value", "made"]);
+const SPOKEN = new Set(["title", "aria-label", "placeholder", "alt"]);
+
+function set_props(dom, old, props) {
+  for (const name of new Set([...Object.keys(old), ...Object.keys(props)])) {
+    if (ONCE.has(name) || Object.is(old[name], props[name])) continue;
+    const value = props[name];
+    if (name.startsWith("on")) dom[name] = value ?? null;
+    else if (name === "vars") set_vars(dom, value ?? {});
+    else if (value === undefined || value === null || value === false) dom.removeAttribute(name);
+    else dom.setAttribute(name, value === true ? "" : SPOKEN.has(name) ? visible(value) : value);
+  }
+}
+
+function set_vars(dom, vars) {
+  for (const [name, value] of Object.entries(vars)) dom.style.setProperty(name, value);
+}

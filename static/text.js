@@ -1,0 +1,134 @@
+// Words, figures and times as they are shown.
+
+import { h } from "./dom.js";
+
+// ── Prose ────────────────────────────────────────────────────────────────────────────────────────
+// Just enough of Markdown to read what agents write: fenced blocks, `code`, **strong**, and addresses.
+
+const FENCE = /^```[^\n]*\n([\s\S]*?)(?:\n```[ \t]*$|(?![\s\S]))/gm;
+const INLINE = /`([^`\n]+)`|\*\*([^*\n]+)\*\*|(https?:\/\/[^\s<>"'`]+[^\s<>"'`.,;:!?)\]}])/g;
+
+export function prose(text, props = {}) {
+  const source = String(text ?? "");
+  const blocks = [];
+  let at = 0;
+  for (const match of source.matchAll(FENCE)) {
+    blocks.push(...paragraphs(source.slice(at, match.index)), h("pre", { tabindex: "0" }, match[1]));
+    at = match.index + match[0].length;
+  }
+  blocks.push(...paragraphs(source.slice(at)));
+  if (!blocks.length) return null;
+  return h("div", { ...props, class: `prose ${props.class ?? ""}` }, blocks);
+}
+
+function paragraphs(text) {
+  return text.split(/\n{2,}/).map((part) => part.replace(/^\n+|\n+$/g, "")).filter(Boolean).map((part) => h("p", null, inline(part)));
+}
+
+export function inline(text) {
+  const out = [];
+  let at = 0;
+  for (const match of String(text).matchAll(INLINE)) {
+    out.push(text.slice(at, match.index));
+    if (match[1]) out.push(h("code", null, match[1]));
+    else if (match[2]) out.push(h("strong", null, match[2]));
+    else out.push(address(match[3]));
+    at = match.index + match[0].length;
+  }
+  out.push(text.slice(at));
+  return out;
+}
+
+/** The start of a text, on one line. */
+export function prose_preview(text, length = 140) {
+  const line = String(text ?? "").replace(/\s+/g, " ").trim();
+  return line.length > length ? `${line.slice(0, length)}…` : line;
+}
+
+/** The address as one may open it, or null: only the web's own schemes. */
+export function web_href(url) {
+  try {
+    const { protocol, href } = new URL(url);
+    return protocol === "http:" || protocol === "https:" ? href : null;
+  } catch {
+    return null;
+  }
+}
+
+/** A link whose text is its address: nothing hides behind a friendly word. */
+export function address(url) {
+  const href = web_href(url);
+  return href ? h("a", { href, target: "_blank", rel: "noopener noreferrer", class: "address" }, url) : String(url);
+}
+
+// ── Figures ──────────────────────────────────────────────────────────────────────────────────────
+
+const grouped = new Intl.NumberFormat("en-US");
+export const count = (number) => grouped.format(number ?? 0);
+export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
+export const dollars = (usd) => `$${(usd ?? 0).toFixed(usd > 0 && usd < 0.01 ? 4 : 2)}`;
+export const short_sha = (sha) => (sha ?? "").slice(0, 7);
+
+/** 48201 → "48 k" where room is short. */
+export function thousands(number) {
+  if (number < 1000) return String(number ?? 0);
+  if (number < 1e6) return `${Math.round(number / 1000)} k`;
+  return `${(number / 1e6).toFixed(1)} M`;
+}
+
+// ── Times ────────────────────────────────────────────────────────────────────────────────────────
+// Ages are told by the hive's clock, not the browser's.
+
+let clock_offset_ms = 0;
+export function set_clock(now) { clock_offset_ms = Date.parse(now) - Date.now(); }
+export const hive_now = () => Date.now() + clock_offset_ms;
+
+export function span(ms) {
+  const seconds = Math.max(0, Math.floor(ms / 1000));
+  if (seconds < 60) return `${seconds} s`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min`;
+  if (seconds < 86400) return `${Math.floor(seconds / 3600)} h`;
+  return plural(Math.floor(seconds / 86400), "day");
+}
+
+export function duration(ms) {
+  return ms < 10000 ? `${(ms / 1000).toFixed(1)} s` : span(ms);
+}
+
+const day_of = (date) => date.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+
+/** "18:04", or "21 Nov 18:04" when it was another day. */
+export function clock(at, seconds = false) {
+  const date = new Date(at);
+  if (Number.isNaN(date.getTime())) return "";
+  const time = date.toLocaleTimeString("en-GB", seconds ? {} : { hour: "2-digit", minute: "2-digit" });
+  return date.toDateString() === new Date(hive_now()).toDateString() ? time : `${day_of(date)} ${time}`;
+}
+
+const WORDINGS = {
+  ago: (ms) => (ms < 5000 ? "just now" : `${span(ms)} ago`),
+  for: (ms) => span(ms),
+  until: (ms) => (ms < 0 ? `in ${span(-ms)}` : "now"),
+};
+
+/** <time-ago at=… wording="ago|for|until">: words that keep up with the clock by themselves. */
+class TimeAgo extends HTMLElement {
+  static observedAttributes = ["at", "wording"];
+  connectedCallback() { ticking.add(this); this.tick(); }
+  disconnectedCallback() { ticking.delete(this); }
+  attributeChangedCallback() { this.tick(); }
+  tick() {
+    const at = Date.parse(this.getAttribute("at"));
+    if (Number.isNaN(at)) return;
+    const words = WORDINGS[this.getAttribute("wording") ?? "ago"](hive_now() - at);
+    if (this.textContent !== words) this.textContent = words;
+    const exact = new Date(at).toLocaleString("en-GB");
+    if (this.title !== exact) this.title = exact;
+  }
+}
+
+const ticking = new Set();
+customElements.define("time-ago", TimeAgo);
+setInterval(() => ticking.forEach((element) => element.tick()), 1000);
+
+export const ago = (at, wording = "ago") => (at ? h("time-ago", { at, wording }) : null);
