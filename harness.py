@@ -170,6 +170,13 @@ def encode(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
+def cut(text: str, limit: int) -> str:
+    raw = text.encode("utf-8", "replace")
+    if len(raw) <= limit:
+        return text
+    return raw[:limit].decode("utf-8", "ignore") + f"… ({len(raw) - limit} bytes more)"
+
+
 def given(**values: Any) -> Json:
     """A JSON object without the fields that have no value: they are left out on the wire, never null."""
     return {key: value for key, value in values.items() if value is not None}
@@ -757,10 +764,19 @@ class ToolAnswered:
 
 @dataclass(frozen=True)
 class Spoke:
-    """An assistant line has passed: its error class, if it is one, and how full the context is."""
+    """An assistant line has passed: how full the context is, or what failed, if it is Claude's word on a failure."""
 
-    error: str | None
     context_tokens: int
+    error: str | None = None
+    explanation: str = ""
+
+
+@dataclass(frozen=True)
+class Retrying:
+    """The service failed, and Claude tries again by itself."""
+
+    attempt: int
+    error: str
 
 
 @dataclass(frozen=True)
@@ -803,7 +819,18 @@ class Ended:
 
 
 StreamEvent = (
-    Began | Replayed | Said | ToolCalled | ToolAnswered | Spoke | Limited | Compacted | Streaming | Asked | Ended
+    Began
+    | Replayed
+    | Said
+    | ToolCalled
+    | ToolAnswered
+    | Spoke
+    | Retrying
+    | Limited
+    | Compacted
+    | Streaming
+    | Asked
+    | Ended
 )
 
 
@@ -817,10 +844,15 @@ def translate(line: Fields) -> Iterator[StreamEvent]:
         case ("system", "compact_boundary"):
             sizes = line.object("compact_metadata")
             yield Compacted(given(**{key: sizes.maybe(key, int) for key in ("pre_tokens", "post_tokens")}))
-        case ("assistant", _):
+        case ("system", "api_retry"):
+            yield Retrying(int(line.number("attempt", 0)), line.maybe("error", str) or "unknown")
+        case ("assistant", _) if parent is None and (error := line.maybe("error", str)):
+            texts = [block.maybe("text", str) or "" for block in line.object("message").objects("content")]
+            yield Spoke(0, error, cut(" ".join(texts), 500))
+        case ("assistant", _):  # an error with a parent is a sub-agent's, and its caller's to handle
             yield from translate_blocks(line.object("message"), parent)
-            if parent is None:  # a sub-agent's error is its caller's to handle
-                yield Spoke(line.maybe("error", str), context_tokens(line.object("message").object("usage")))
+            if parent is None:
+                yield Spoke(context_tokens(line.object("message").object("usage")))
         case ("user", _) if line.flag("isReplay"):
             yield Replayed(line.text("uuid"))
         case ("user", _):
@@ -1114,13 +1146,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
-
-
-def cut(text: str, limit: int) -> str:
-    raw = text.encode("utf-8", "replace")
-    if len(raw) <= limit:
-        return text
-    return raw[:limit].decode("utf-8", "ignore") + f"… ({len(raw) - limit} bytes more)"
 
 
 def cut_texts(value: Any, limit: int) -> Any:
@@ -1432,6 +1457,7 @@ class Turn:
     interrupted_by: str | None = None  # operator, watchdog, stop
     kill_at: float | None = None
     error: str | None = None
+    explanation: str = ""
     tools: int = 0
 
     @property
@@ -1876,6 +1902,7 @@ class Agent:
             case Limited(resets_at):
                 self._resets_at = resets_at
             case Compacted(sizes):
+                self._context.update(given(context_tokens=sizes.get("post_tokens")))
                 self.journal.record(self._turns, "compaction", sizes)
             case Streaming(text):
                 self._writing = self._writing + text if text else ""
@@ -1891,10 +1918,12 @@ class Agent:
         match event:
             case Replayed(line):
                 turn.unread.pop(line, None)
-            case Spoke(error, tokens):
-                turn.error = error
+            case Spoke(tokens, error, explanation):
+                turn.error, turn.explanation = error, explanation
                 if tokens:
                     self._context["context_tokens"] = tokens
+            case Retrying(attempt, error):
+                self._note(f"The service failed ({error}); Claude tries again by itself (try {attempt}).")
             case Said(kind, text, parent):
                 self.journal.record(turn.number, kind, given(text=text, parent=parent))
             case ToolCalled(tool, name, arguments, parent):
@@ -1936,7 +1965,7 @@ class Agent:
         elif turn.interrupted_by == "stop":
             self._abandon(turn, cost, ended)
         else:
-            self._fail(turn, classify(turn.error, ended), cost=cost, ended=ended)
+            self._fail(turn, classify(turn.error, ended), turn.explanation, cost=cost, ended=ended)
 
     def _account(self, process: ClaudeProcess, turn: Turn, ended: Ended) -> float:
         """Reports what the turn used. Claude's total accumulates over the process; ours is the difference."""
