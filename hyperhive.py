@@ -560,6 +560,18 @@ class Fields:
             raise Refused("bad_request", f"the field {key!r} is {value[:40]!r}; it must be one of {words}") from None
 
 
+def ok_answer(**fields: Any) -> Json:
+    return {"version": PROTOCOL, "ok": True, **fields}
+
+
+def failed_answer(error: Refused) -> Json:
+    return {"version": PROTOCOL, "ok": False, **error.as_json()}
+
+
+def encode_line(value: Json) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
 def load_config(file: str | None, **overrides: Any) -> Config:
     """Settings from a TOML file, and what the command line says over them (None: not said)."""
     table: Json = {}
@@ -3490,18 +3502,6 @@ class Hub:
 SEND_TIMEOUT_S: Final = 30.0
 
 
-def ok_answer(**fields: Any) -> Json:
-    return {"version": PROTOCOL, "ok": True, **fields}
-
-
-def failed_answer(error: Refused) -> Json:
-    return {"version": PROTOCOL, "ok": False, **error.as_json()}
-
-
-def encode_line(value: Json) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
 class LineReader:
     """Lines of at most `max_bytes` from a socket."""
 
@@ -4524,6 +4524,12 @@ CONTROL_ACTIONS: Final[Mapping[str, Control]] = {
 }
 
 
+class TooManyGuesses(Refused):
+    def __init__(self, wait_s: int) -> None:
+        super().__init__("too_many", "too many wrong tokens from this address", f"wait {wait_s} s")
+        self.wait_s = wait_s
+
+
 class Gate:
     """Who may pass: host name, origin, token, and how often an address may guess."""
 
@@ -4561,8 +4567,7 @@ class Gate:
             while recent and recent[0] < moment - 60:
                 recent.popleft()
             if len(recent) >= self._limit:
-                wait_s = int(61 - (moment - recent[0]))
-                raise Refused("too_many", "too many wrong tokens", str(wait_s))
+                raise TooManyGuesses(int(61 - (moment - recent[0])))
             recent.append(moment)
 
 
@@ -4572,80 +4577,81 @@ def host_of(header: str) -> str:
     return name[: name.find("]") + 1] if name.startswith("[") else name.partition(":")[0]
 
 
-def make_app(services: Services, gate: Gate) -> Any:
-    """The bottle application."""
-    import bottle
+class Guard:
+    """Around every route: who may come in, and one shape for every answer. It is a bottle plugin."""
 
-    bottle.BaseRequest.MEMFILE_MAX = BODY_MAX
-    app = bottle.Bottle()
-    app.config["json.enable"] = False
-    request, response = bottle.request, bottle.response
+    def __init__(self, gate: Gate, request: Any, response: Any) -> None:
+        self._gate, self._request, self._response = gate, request, response
 
-    def guard(callback: Callable[..., Any]) -> Callable[..., Any]:
-        """Around every route: who may come in, and one shape for every error."""
-
+    def __call__(self, callback: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(callback)
         def guarded(*arguments: Any, **named: Any) -> Any:
             try:
-                open_to_all = request.route.config.get("open", False)
-                admit(open_to_all=open_to_all)
+                self._admit()
                 result = callback(*arguments, **named)
-                return json_body(result) if isinstance(result, dict) else result
+                return self._json(result) if isinstance(result, dict) else result
             except Refused as error:
-                return error_body(error)
+                return self._error(error)
             except Exception:
-                log.exception("%s %s", request.method, request.path)
-                return error_body(Refused("internal", "something went wrong here; the daemon's log says what"))
+                log.exception("%s %s", self._request.method, self._request.path)
+                return self._error(Refused("internal", "something went wrong here; the daemon's log says what"))
 
         return guarded
 
-    def admit(*, open_to_all: bool) -> None:
-        host = request.get_header("Host", "")
-        gate.check_host(host)
-        if not open_to_all:
-            gate.check_token(request.get_header("Authorization", ""), request.remote_addr or "")
-        if request.method == "POST":
-            gate.check_origin(request.get_header("Origin", ""), host)
+    def _admit(self) -> None:
+        request, host = self._request, self._request.get_header("Host", "")
+        self._gate.check_host(host)
+        if not request.route.config.get("open", False):
+            self._gate.check_token(request.get_header("Authorization", ""), request.remote_addr or "")
+        if request.method != "GET":
+            self._gate.check_origin(request.get_header("Origin", ""), host)
             if (request.content_type or "").partition(";")[0].strip().lower() != "application/json":
                 raise Refused("bad_type", "the body must be JSON", "send Content-Type: application/json")
 
-    def json_body(value: Json, status: int = 200) -> bytes:
-        response.status = status
-        response.content_type = "application/json"
-        response.set_header("Cache-Control", "no-store")
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-    def error_body(error: Refused) -> bytes:
-        if error.code == "too_many" and error.hint.isdigit():
-            response.set_header("Retry-After", error.hint)
-            error = Refused(error.code, error.message, f"wait {error.hint} s")
-        if error.code == "unauthorized":
-            response.set_header("WWW-Authenticate", "Bearer")
-        return json_body(error.as_json(), STATUS_OF.get(error.code, 400))
-
-    def add_headers() -> None:
+    def add_headers(self) -> None:
         for name, value in SECURITY_HEADERS.items():
-            response.set_header(name, value)
+            self._response.set_header(name, value)
 
-    def on_error(failure: Any) -> bytes:
+    def on_failure(self, failure: Any) -> bytes:
         """Bottle's own refusals: no such route, wrong method, a body that is too large."""
         words = {
             404: ("not_found", "there is nothing at this address"),
             405: ("bad_method", "this address takes another method"),
+            413: ("too_large", f"a body may have at most {BODY_MAX} bytes"),
         }
         code, text = words.get(failure.status_code, ("bad_request", str(failure.body)[:200]))
-        if failure.status_code == 413:
-            code, text = "too_large", f"a body may have at most {BODY_MAX} bytes"
-        add_headers()
-        allow = failure.headers.get("Allow") if hasattr(failure, "headers") else None
+        self.add_headers()
+        allow = failure.headers.get("Allow")
         if allow:
-            response.set_header("Allow", allow)
-        return json_body(Refused(code, text).as_json(), failure.status_code)
+            self._response.set_header("Allow", allow)
+        return self._json(Refused(code, text).as_json(), failure.status_code)
 
-    app.add_hook("after_request", add_headers)
-    app.default_error_handler = on_error
+    def _json(self, value: Json, status: int = 200) -> bytes:
+        self._response.status = status
+        self._response.content_type = "application/json"
+        self._response.set_header("Cache-Control", "no-store")
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def _error(self, error: Refused) -> bytes:
+        if isinstance(error, TooManyGuesses):
+            self._response.set_header("Retry-After", str(error.wait_s))
+        if error.code == "unauthorized":
+            self._response.set_header("WWW-Authenticate", "Bearer")
+        return self._json(error.as_json(), STATUS_OF.get(error.code, 400))
+
+
+def make_app(services: Services) -> Any:
+    """The bottle application."""
+    import bottle  # the command line never pays for it
+
+    bottle.BaseRequest.MEMFILE_MAX = BODY_MAX
+    app = bottle.Bottle()
+    app.config["json.enable"] = False
+    guard = Guard(Gate(services.config, services.token), bottle.request, bottle.response)
     app.install(guard)
-    for method, path, handler, options in Routes(services, request, response).table():
+    app.add_hook("after_request", guard.add_headers)
+    app.default_error_handler = guard.on_failure
+    for method, path, handler, options in Routes(services, bottle.request, bottle.response).table():
         app.route(path, method, handler, **options)
     return app
 
@@ -4983,7 +4989,7 @@ class Dashboard:
         import waitress
 
         self._server: Any = waitress.create_server(
-            make_app(services, Gate(services.config, services.token)),
+            make_app(services),
             sockets=[listener],
             threads=8,
             asyncore_use_poll=True,  # with select() the process dies at descriptor 1024
@@ -5262,6 +5268,10 @@ class Cli:
     args: argparse.Namespace
     config: Config
 
+    @property
+    def text(self) -> str:
+        return sys.stdin.read() if self.args.text == "-" else str(self.args.text)
+
     def ask(self, cmd: str, **fields: Any) -> Json:
         return ask_daemon(self.config, cmd=cmd, **fields)
 
@@ -5458,8 +5468,7 @@ def cli_destroy(cli: Cli) -> None:
 
 
 def cli_send(cli: Cli) -> None:
-    text = sys.stdin.read() if cli.args.text == "-" else cli.args.text
-    answer = cli.ask("send", to=cli.args.to, body=text)
+    answer = cli.ask("send", to=cli.args.to, body=cli.text)
     cli.done(answer, f"sent to {cli.args.to} (message {answer['id']})")
 
 
@@ -5477,7 +5486,7 @@ def cli_inbox(cli: Cli) -> None:
 
 
 def cli_answer(cli: Cli) -> None:
-    cli.done(cli.ask("answer", id=cli.args.id, text=cli.args.text), f"answered question {cli.args.id}")
+    cli.done(cli.ask("answer", id=cli.args.id, text=cli.text), f"answered question {cli.args.id}")
 
 
 def cli_logs(cli: Cli) -> None:
@@ -5632,81 +5641,77 @@ def make_parser() -> argparse.ArgumentParser:
             short = ("-f",) if flag == "--follow" else ()
             sub.add_argument(*short, flag, **options)
 
-    add_verbs(verb)
+    for add in (add_hive_verbs, add_agent_verbs, add_operator_verbs):
+        add(verb)
     return parser
 
 
-def add_verbs(verb: Callable[..., None]) -> None:
-    name: tuple[str, Json] = ("name", {"metavar": "NAME", "help": "an agent"})
-    number: tuple[str, Json] = ("id", {"metavar": "ID", "type": int})
-    names: tuple[str, Json] = ("names", {"metavar": "NAME", "nargs": "+", "help": "agents"})
-    maybe: tuple[str, Json] = ("name", {"metavar": "NAME", "nargs": "?"})
-    note: tuple[str, Json] = ("--note", {"help": "words for whoever asked"})
-    wait: tuple[str, Json] = ("--wait", {"action": "store_true", "help": "show the deploy until its end"})
-    follow: tuple[str, Json] = ("--follow", {"action": "store_true", "help": "go on as more comes"})
-    everyone: tuple[str, Json] = ("--all", {"action": "store_true", "help": "every agent"})
-    port: tuple[str, Json] = ("--port", {"type": int, "help": "of the dashboard (default 7000)"})
-    listen: tuple[str, Json] = (
-        "--listen",
-        {"dest": "listen_address", "help": "address to listen on (default 127.0.0.1)"},
-    )
-    kind: tuple[str, Json] = ("--containers", {"help": "how agents run: process"})
-    browser: tuple[str, Json] = ("--no-browser", {"action": "store_true", "help": "only print the link"})
-    claude: tuple[str, Json] = ("--claude", {"metavar": "PATH", "help": "a real Claude Code, instead of the rehearsal"})
+Argument = tuple[str, Json]
+AN_AGENT: Final[Argument] = ("name", {"metavar": "NAME", "help": "an agent"})
+AN_AGENT_OR_NONE: Final[Argument] = ("name", {"metavar": "NAME", "nargs": "?"})
+AN_ID: Final[Argument] = ("id", {"metavar": "ID", "type": int})
+A_FILE: Final[Argument] = ("file", {"metavar": "FILE"})
+PORT: Final[Argument] = ("--port", {"type": int, "help": "of the dashboard (default 7000)"})
+FOLLOW: Final[Argument] = ("--follow", {"action": "store_true", "help": "go on as more comes"})
+LINES: Final[Argument] = ("--lines", {"type": int, "default": 100})
+NOTE: Final[Argument] = ("--note", {"help": "words for whoever asked"})
+WAIT: Final[Argument] = ("--wait", {"action": "store_true", "help": "show the deploy until its end"})
 
-    verb("serve", cli_serve, "run the daemon", port, listen, kind)
-    verb("demo", cli_demo, "a hive to try, in a folder of its own", port, browser, claude)
-    verb("list", cli_list, "the agents")
-    verb("status", cli_status, "does anything need me? or all of one agent", maybe)
-    verb("pending", cli_pending, "requests and questions that wait for you")
-    verb("show", cli_show, "one request, with its diff", number)
-    verb("approve", cli_approve, "let a request happen", number, note, wait)
-    verb("deny", cli_deny, "refuse a request", number, note)
-    description: tuple[str, Json] = ("--description", {"default": "", "help": "what it is for"})
-    verb("spawn", cli_deploy, "make an agent, or revive a destroyed one", name, description, wait)
-    verb("rebuild", cli_deploy, "deploy an agent's present config again", name, wait)
-    verb("rollback", cli_deploy, "deploy the config before the present one", name, wait)
-    verb("start", cli_start_stop, "start agents", names)
-    verb(
-        "stop",
-        cli_start_stop,
-        "stop agents",
-        names,
-        ("--now", {"action": "store_true", "help": "don't wait for the turn"}),
-    )
-    verb("restart", cli_restart, "restart an agent", name)
-    verb("pause", cli_pause, "give an agent no more mail", maybe, everyone)
-    verb("resume", cli_pause, "the reverse of pause", maybe, everyone)
-    purge: tuple[str, Json] = ("--purge", {"action": "store_true", "help": "wipe notes, sign-in, config and mail, too"})
-    verb(
-        "destroy", cli_destroy, "remove an agent", name, purge, ("--yes", {"action": "store_true", "help": "don't ask"})
-    )
-    verb(
-        "send",
-        cli_send,
-        "write to an agent, or to * (all)",
-        ("to", {"metavar": "TO"}),
-        ("text", {"metavar": "TEXT", "help": "or - for stdin"}),
-    )
-    most: tuple[str, Json] = ("--max", {"type": int, "default": 50})
-    keep: tuple[str, Json] = ("--keep", {"action": "store_true", "help": "don't mark them as read"})
-    verb("inbox", cli_inbox, "what agents wrote to you", most, ("--unread", {"action": "store_true"}), keep)
-    verb("answer", cli_answer, "answer a question", number, ("text", {"metavar": "TEXT"}))
-    lines: tuple[str, Json] = ("--lines", {"type": int, "default": 100})
-    verb("logs", cli_logs, "what an agent's harness logged", name, lines, follow)
-    verb("events", cli_events, "what agents do, event by event", maybe, lines, follow)
-    verb("usage", cli_usage, "tokens and cost, by day and agent", ("--days", {"type": int, "default": 7}))
+
+def add_hive_verbs(verb: Callable[..., None]) -> None:
+    """Verbs that are about the hive as a whole."""
+    listen: Argument = ("--listen", {"dest": "listen_address", "help": "address to listen on (default 127.0.0.1)"})
+    kind: Argument = ("--containers", {"help": "how agents run: process"})
+    browser: Argument = ("--no-browser", {"action": "store_true", "help": "only print the link"})
+    claude: Argument = ("--claude", {"metavar": "PATH", "help": "a real Claude Code, instead of the rehearsal"})
+    days: Argument = ("--days", {"type": int, "default": 7})
+    rotate: Argument = ("--rotate", {"action": "store_true", "help": "make a new one; the old is void"})
+    verb("serve", cli_serve, "run the daemon", PORT, listen, kind)
+    verb("demo", cli_demo, "a hive to try, in a folder of its own", PORT, browser, claude)
+    verb("usage", cli_usage, "tokens and cost, by day and agent", days)
     verb("url", cli_url, "the dashboard's link, with the token")
-    verb(
-        "token",
-        cli_token,
-        "the dashboard's token",
-        ("--rotate", {"action": "store_true", "help": "make a new one; the old is void"}),
-    )
-    file: tuple[str, Json] = ("file", {"metavar": "FILE"})
-    verb("backup", cli_backup, "write a copy of the database", file)
-    verb("restore", cli_restore, "put a backup back (the daemon must be stopped)", file)
+    verb("token", cli_token, "the dashboard's token", rotate)
+    verb("backup", cli_backup, "write a copy of the database", A_FILE)
+    verb("restore", cli_restore, "put a backup back (the daemon must be stopped)", A_FILE)
     verb("doctor", cli_doctor, "check what can be wrong, and name the fix")
+
+
+def add_agent_verbs(verb: Callable[..., None]) -> None:
+    names: Argument = ("names", {"metavar": "NAME", "nargs": "+", "help": "agents"})
+    now: Argument = ("--now", {"action": "store_true", "help": "don't wait for the turn"})
+    everyone: Argument = ("--all", {"action": "store_true", "help": "every agent"})
+    purge: Argument = ("--purge", {"action": "store_true", "help": "wipe notes, sign-in, config and mail, too"})
+    yes: Argument = ("--yes", {"action": "store_true", "help": "don't ask"})
+    description: Argument = ("--description", {"default": "", "help": "what it is for"})
+    verb("list", cli_list, "the agents")
+    verb("status", cli_status, "does anything need me? or all of one agent", AN_AGENT_OR_NONE)
+    verb("spawn", cli_deploy, "make an agent, or revive a destroyed one", AN_AGENT, description, WAIT)
+    verb("rebuild", cli_deploy, "deploy an agent's present config again", AN_AGENT, WAIT)
+    verb("rollback", cli_deploy, "deploy the config before the present one", AN_AGENT, WAIT)
+    verb("start", cli_start_stop, "start agents", names)
+    verb("stop", cli_start_stop, "stop agents", names, now)
+    verb("restart", cli_restart, "restart an agent", AN_AGENT)
+    verb("pause", cli_pause, "give an agent no more mail", AN_AGENT_OR_NONE, everyone)
+    verb("resume", cli_pause, "the reverse of pause", AN_AGENT_OR_NONE, everyone)
+    verb("destroy", cli_destroy, "remove an agent", AN_AGENT, purge, yes)
+    verb("logs", cli_logs, "what an agent's harness logged", AN_AGENT, LINES, FOLLOW)
+    verb("events", cli_events, "what agents do, event by event", AN_AGENT_OR_NONE, LINES, FOLLOW)
+
+
+def add_operator_verbs(verb: Callable[..., None]) -> None:
+    """Verbs that decide, write and read."""
+    to: Argument = ("to", {"metavar": "TO", "help": "an agent, or * for all"})
+    text: Argument = ("text", {"metavar": "TEXT", "help": "- reads it from standard input"})
+    most: Argument = ("--max", {"type": int, "default": 50})
+    unread: Argument = ("--unread", {"action": "store_true", "help": "only what is new"})
+    keep: Argument = ("--keep", {"action": "store_true", "help": "don't mark them as read"})
+    verb("pending", cli_pending, "requests and questions that wait for you")
+    verb("show", cli_show, "one request, with its diff", AN_ID)
+    verb("approve", cli_approve, "let a request happen", AN_ID, NOTE, WAIT)
+    verb("deny", cli_deny, "refuse a request", AN_ID, NOTE)
+    verb("send", cli_send, "write to an agent, or to all", to, text)
+    verb("inbox", cli_inbox, "what agents wrote to you", most, unread, keep)
+    verb("answer", cli_answer, "answer a question", AN_ID, text)
 
 
 def config_from(args: argparse.Namespace) -> Config:
