@@ -2,8 +2,8 @@
 // they differ in where the calls go (`base`) and in which levers there are.
 
 import { h } from "./dom.js";
-import { ago, address, clock, plural, prose, short_sha } from "./text.js";
-import { act, button, context_bar, cost_words, draft, empty, field, heading, is_busy, mark, panel, plain, refusal, REHEARSAL, spend_draft, state_words, toggle, toggled } from "./parts.js";
+import { ago, address, clock, prose, short_sha, you_or } from "./text.js";
+import { act, button, context_bar, cost_words, draft, empty, field, heading, mark, panel, plain, refusal, REHEARSAL, spend_draft, state_words, toggle, toggled } from "./parts.js";
 import { agent_named, changed, on, state } from "./store.js";
 import { get, post, send_message } from "./api.js";
 import { Transcript } from "./transcript.js";
@@ -11,7 +11,8 @@ import { destroy_form, levers } from "./agents.js";
 
 // ── Signing in ───────────────────────────────────────────────────────────────────────────────────
 
-export function signin(agent, base) {
+/** `words` stand beside the first button. */
+export function signin(agent, base, ...words) {
   const login = agent.login ?? {};
   const group = `login:${agent.name}`;
   const key = `code:${agent.name}`;
@@ -28,7 +29,7 @@ export function signin(agent, base) {
     ],
     checking: () => h("div", { class: "decide" }, h("p", { class: "dim grow" }, "Checking the code…"), cancel),
   };
-  return h("div", { class: "signin" }, views[login.phase]?.() ?? [login.phase === "failed" && h("p", { class: "bad" }, login.error ?? "The sign-in failed."), h("div", { class: "decide end" }, begin)], refusal(group));
+  return h("div", { class: "signin" }, views[login.phase]?.() ?? [login.phase === "failed" && h("p", { class: "bad" }, login.error ?? "The sign-in failed."), h("div", { class: "decide" }, h("div", { class: "grow" }, words), begin)], refusal(group));
 }
 
 // ── Composer ─────────────────────────────────────────────────────────────────────────────────────
@@ -96,7 +97,7 @@ const wants_signin = (agent) => agent.state === "needs_login" || agent.state ===
 function thread_rows(name, { questions, reminders }) {
   return [
     ...questions.map((row) => h("div", { class: "row", key: `q${row.id}` },
-      h("div", { class: "row-top" }, h("span", null, row.to === name ? `${row.from === "operator" ? "you" : row.from} asked` : `asked ${row.to === "operator" ? "you" : row.to}`), h("span", null, clock(row.asked_at))), prose(row.question))),
+      h("div", { class: "row-top" }, h("span", null, row.to === name ? `${you_or(row.from)} asked` : `asked ${you_or(row.to)}`), h("span", null, clock(row.asked_at))), prose(row.question))),
     ...reminders.map((row) => h("div", { class: "row", key: `r${row.id}` }, h("div", { class: "row-top" }, h("span", null, "reminder"), ago(row.due_at, "until")), prose(row.body))),
   ];
 }
@@ -158,7 +159,11 @@ on("events", (name, events) => { if (shown?.name === name) shown.transcript.add(
 
 export function agent_view(name) {
   const agent = agent_named(name);
-  if (!agent || shown?.name !== name) return [panel(null, empty(`There is no agent named ${name}.`))];
+  if (!agent) {
+    shown = null; // should one come under this name, it is another
+    return panel(null, empty(`There is no agent named ${name}.`));
+  }
+  if (shown?.name !== name) show_agent(name);
   return [
     agent_main(agent, shown.transcript, { base: `/api/agents/${name}`, to: name }, [h("a", { href: "#/agents" }, "Agents"), " / "]),
     shown.error && h("p", { class: "refusal", role: "alert" }, shown.error.message),
@@ -167,7 +172,7 @@ export function agent_view(name) {
 
 export function agent_view_side(name) {
   const agent = agent_named(name);
-  if (!agent || shown?.name !== name) return null;
+  if (!agent) return null;
   if (agent.pending_reminders !== shown.counted) { shown.counted = agent.pending_reminders; load_agent(); }
   const questions = state.questions.filter((row) => row.from === name || row.to === name);
   return agent_side(agent, `/api/agents/${name}`, { questions, reminders: shown.reminders }, { first: levers(agent), last: destroy_form(agent) });

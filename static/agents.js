@@ -3,8 +3,8 @@
 import { h } from "./dom.js";
 import { ago, dollars, inline, plural, web_href } from "./text.js";
 import { act, button, context_bar, cost_words, draft, empty, field, heading, mark, panel, plain, refusal, set_draft, spend_draft, state_words, toggle, toggled } from "./parts.js";
-import { living_agents, state } from "./store.js";
-import { post } from "./api.js";
+import { changed, on, state } from "./store.js";
+import { get, post } from "./api.js";
 
 // ── A row ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -31,7 +31,7 @@ export function agent_brief(agent) {
 }
 
 export function agents_brief() {
-  const agents = living_agents();
+  const { agents } = state;
   const working = agents.filter((agent) => agent.state === "working").length;
   return [heading("Agents", agents.length > 0 && `${working} working`), panel(null, agents.length ? agents.map(agent_brief) : empty("No agent yet."))];
 }
@@ -44,7 +44,7 @@ function agent_row(agent) {
       h("div", { class: "agent-second" },
         h("p", { class: "dim second" }, inline(second_line(agent))),
         h("span", { class: "badges" }, badges(agent)),
-        plain(open ? "Fold" : "Levers", () => toggle(`levers:${agent.name}`, !open), { kind: "quiet", "aria-expanded": String(open), "aria-label": `Levers of ${agent.name}` })),
+        plain(open ? "Close" : "Manage", () => toggle(`levers:${agent.name}`, !open), { kind: "quiet", "aria-expanded": String(open), "aria-label": `Manage ${agent.name}` })),
       open && h("div", { class: "levers" },
         h("p", { class: "dim" }, facts(agent).join(" · ")),
         h("div", { class: "buttons" }, levers(agent), agent.running && own_page(agent)),
@@ -107,6 +107,22 @@ function confirm_typed(key, event, agent) {
   toggle(`typed:${agent.name}`, event.target.value);
 }
 
+// ── Destroyed ones whose state is kept ───────────────────────────────────────────────────────────
+// The stream tells of the living only.
+
+let kept = [];
+
+export async function load_kept() {
+  try {
+    kept = (await get("/api/agents")).agents.filter((agent) => agent.kept);
+  } catch {
+    return; // the banner tells of a lost connection; what was known stays
+  }
+  changed();
+}
+
+on("roster", () => location.hash === "#/agents" && load_kept());
+
 // ── The view ─────────────────────────────────────────────────────────────────────────────────────
 
 function new_agent() {
@@ -126,11 +142,10 @@ function new_agent() {
 }
 
 export function agents_view() {
-  const living = living_agents();
-  const kept = state.agents.filter((agent) => agent.kept);
+  const { agents } = state;
   return [
-    heading("Agents", `${plural(living.length, "agent")} · ${living.filter((agent) => agent.running).length} running`),
-    panel(null, living.length ? living.map(agent_row) : empty("No agent yet. Start with the manager, or create one below."), new_agent()),
+    heading("Agents", `${plural(agents.length, "agent")} · ${agents.filter((agent) => agent.running).length} running`),
+    panel(null, agents.length ? agents.map(agent_row) : empty("No agent yet. Start with the manager, or create one below."), new_agent()),
     kept.length > 0 && [heading("Destroyed, state kept", kept.length), panel(null, kept.map(agent_row))],
   ];
 }

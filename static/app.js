@@ -4,11 +4,11 @@ import { h, render } from "./dom.js";
 import { dollars, plural } from "./text.js";
 import { button, heading, logo, panel, refusal, REHEARSAL, toggled } from "./parts.js";
 import { begin, post, Stream, take_token_from_address } from "./api.js";
-import { changed, connected, draw_with, is_running_phase, living_agents, state, take } from "./store.js";
+import { changed, connected, draw_with, is_running_phase, state, take } from "./store.js";
 import { banner, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
 import { approval_card, detail, forget_details, press } from "./approval.js";
 import { call_keys, call_view, load_past, past_view } from "./call.js";
-import { agents_brief, agents_view } from "./agents.js";
+import { agents_brief, agents_view, load_kept } from "./agents.js";
 import { agent_view, agent_view_side, load_agent, show_agent } from "./agent.js";
 import { flow_brief, flow_view, mark_read, unread_count } from "./flow.js";
 import { deploys_view } from "./deploys.js";
@@ -25,7 +25,7 @@ const ROUTES = [
   { path: /^\/call$/, tab: "call", view: call_view, keys: call_keys },
   { path: /^\/approvals$/, tab: "call", view: past_view, enter: load_past },
   { path: /^\/approvals\/(\d+)$/, tab: "call", view: one_approval, keys: (event, id) => approval_known(id) && press(approval_known(id), event.key) },
-  { path: /^\/agents$/, tab: "agents", view: agents_view, side: flow_brief },
+  { path: /^\/agents$/, tab: "agents", view: agents_view, side: flow_brief, enter: load_kept },
   { path: /^\/agents\/([a-z][a-z0-9-]*)$/, tab: "agents", view: agent_view, side: agent_view_side, enter: show_agent, follows: true, wide: true },
   { path: /^\/flow$/, tab: "flow", view: () => flow_view(null), side: agents_brief, follows: true },
   { path: /^\/flow\/thread\/(\d+)$/, tab: "flow", view: (id) => flow_view(Number(id)), side: agents_brief, follows: true },
@@ -74,7 +74,7 @@ function tab([name, label, number_of, room], lit) {
 }
 
 function pause_all() {
-  const agents = living_agents();
+  const { agents } = state;
   const paused = agents.length > 0 && agents.every((agent) => agent.paused);
   return agents.length > 0 && button("pause_all", paused ? "Resume all" : "Pause all", () => post("/api/pause_all", { paused: !paused }));
 }
@@ -84,7 +84,7 @@ function top(lit) {
     h("div", { class: "top-inner" },
       h("a", { class: "brand", href: "#/call" }, logo(), h("h1", null, "hyperhive")),
       h("nav", { "aria-label": "Views" }, TABS.map((one) => tab(one, lit))),
-      h("p", { class: "live dim" }, live_dot(), state.live ? "live" : "disconnected", ` · ${plural(living_agents().length, "agent")} · ${dollars(state.usage.today_usd)} today`),
+      h("p", { class: "live dim" }, live_dot(), state.live ? "live" : "disconnected", ` · ${plural(state.agents.length, "agent")} · ${dollars(state.usage.today_usd)} today`, state.hive.rehearsal && h("span", { class: "badge", title: REHEARSAL }, "rehearsal")),
       h("div", { class: "roomy" }, pause_all())));
 }
 
@@ -114,7 +114,7 @@ function page(route, parts) {
   if (!state.ready) return h("main", { key: "main", class: "page" }, h("div", { class: "column-main" }, panel(null, h("p", { class: "empty" }, "Connecting…"))));
   return h("div", { key: "page", class: `page ${route.wide ? "wide" : ""}` },
     h("main", { id: "main", tabindex: "-1", class: "column-main" },
-      state.hive.rehearsal && !route.wide && h("p", { key: "rehearsal", class: "rehearsal" }, REHEARSAL),
+      state.hive.rehearsal && route.view === call_view && h("p", { key: "rehearsal", class: "rehearsal" }, REHEARSAL),
       refusal("pause_all"), h("div", { key: location.hash || "#/call" }, route.view(...parts))),
     h("aside", { class: `column-side ${toggled("side") ? "shown" : ""}`, "aria-label": "Beside" }, h("div", { key: route.side ? location.hash : "usual" }, (route.side ?? usual_side)(...parts))));
 }

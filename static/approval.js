@@ -1,7 +1,7 @@
-// One request as a card, read from top to bottom: what, why, what was checked, the diff, the decision.
+// One request as a card, read from top to bottom: what, why, the diff, the decision.
 
 import { h } from "./dom.js";
-import { ago, clock, plural, prose, short_sha, span } from "./text.js";
+import { ago, clock, plural, prose, short_sha, span, you_or } from "./text.js";
 import { button, field, draft, plain, refusal, spend_draft, act, is_busy } from "./parts.js";
 import { changed, state } from "./store.js";
 import { get, post } from "./api.js";
@@ -13,7 +13,7 @@ const KINDS = { spawn: "New agent", apply_commit: "Config change", update_inputs
 export const kind_words = (row) => KINDS[row.kind] ?? row.kind;
 
 export function request_words({ kind, agent, requested_by, schedule }) {
-  const who = requested_by === "operator" ? "you" : requested_by;
+  const who = you_or(requested_by);
   const wants = who === "you" ? "you want" : `${who} wants`;
   if (kind === "spawn") return `${wants} a new agent, ${agent}`;
   if (kind === "apply_commit") return `${wants} to change ${who === agent ? "itself" : agent}`;
@@ -37,7 +37,7 @@ export function detail(id) {
 
 async function load(id) {
   try {
-    details.set(id, await get(`/api/approvals/${id}`));
+    details.set(id, (await get(`/api/approvals/${id}`)).approval);
   } catch (error) {
     details.set(id, { error });
   }
@@ -72,7 +72,7 @@ export function press(row, key) {
 function decision(row, keys) {
   return h("div", { class: "card-foot" },
     h("div", { class: "decide" },
-      field(note_key(row), { label: `Note to ${row.requested_by} (optional)` }),
+      field(note_key(row), { label: `Note to ${you_or(row.requested_by)} (optional)` }),
       button(group(row), "Deny", () => decide(row, "deny"), { hint: keys && "d", name: `Deny request ${row.id}` }),
       button(group(row), "Approve", () => decide(row, "approve"), { kind: "main", hint: keys && "a", disabled: !can_approve(row), name: `Approve request ${row.id}` })),
     refusal(group(row)));
@@ -80,15 +80,16 @@ function decision(row, keys) {
 
 // ── The card ─────────────────────────────────────────────────────────────────────────────────────
 
-export function approval_card(row, { keys = false, ...props } = {}) {
+/** `brief` leaves the change out: it was decided. */
+export function approval_card(row, { keys = false, brief = false, ...props } = {}) {
   return h("article", { ...props, class: `card ${props.class ?? ""}`, "aria-label": request_words(row) },
     h("header", { class: "card-head" },
       h("div", { class: "card-title" }, h("span", { class: "label" }, kind_words(row)), h("h3", null, request_words(row))),
-      h("span", { class: "dim" }, h("a", { href: `#/approvals/${row.id}` }, `#${row.id}`), " · ", `asked by ${row.requested_by}`, " · ", ago(row.requested_at))),
+      h("span", { class: "dim" }, h("a", { href: `#/approvals/${row.id}` }, `#${row.id}`), " · ", `asked by ${you_or(row.requested_by)}`, " · ", ago(row.requested_at))),
     row.description && prose(row.description, { class: "card-body reason" }),
     row.schedule && schedule_view(row.schedule),
-    checks(row),
-    changes(row),
+    commits(row),
+    !brief && changes(row),
     row.status === "pending" ? decision(row, keys) : outcome(row));
 }
 
@@ -97,15 +98,10 @@ function schedule_view({ to, body, first, every_s }) {
     h("p", { class: "dim" }, `To ${to}, first ${clock(first)}${every_s ? `, then every ${span(every_s * 1000)}` : ", once"}:`), prose(body, { class: "quote" }));
 }
 
-function checks(row) {
-  const facts = [...precheck_words(row.precheck), row.base_sha && h("span", { class: "dim" }, "on top of ", h("code", null, short_sha(row.base_sha))),
+function commits(row) {
+  const facts = [row.base_sha && h("span", { class: "dim" }, "on top of ", h("code", null, short_sha(row.base_sha))),
     row.fetched_sha && h("span", { class: "dim" }, "commit ", h("code", { title: row.fetched_sha }, short_sha(row.fetched_sha)))].filter(Boolean);
   return facts.length > 0 && h("div", { class: "card-line" }, facts);
-}
-
-function precheck_words(precheck) {
-  if (!precheck) return [];
-  return [h("span", { class: "dim" }, typeof precheck === "string" ? precheck : JSON.stringify(precheck))];
 }
 
 function changes(row) {
@@ -124,7 +120,7 @@ function outcome(row) {
   const running = row.deploy_id && state.deploys.find((deploy) => deploy.id === row.deploy_id);
   const words = { approved: "Approved", denied: "Denied", cancelled: "Cancelled", failed: "Failed" }[row.status] ?? row.status;
   return h("div", { class: "card-foot" },
-    h("p", null, h("strong", { class: { failed: "bad", approved: "ok" }[row.status] }, words), row.resolved_by && ` by ${row.resolved_by === "operator" ? "you" : row.resolved_by}`,
+    h("p", null, h("strong", { class: { failed: "bad", approved: "ok" }[row.status] }, words), row.resolved_by && ` by ${you_or(row.resolved_by)}`,
       row.resolved_at && [", ", ago(row.resolved_at)], row.phase && h("span", { class: "dim" }, ` · ${row.phase}`)),
     row.note && prose(row.note, { class: "quote" }),
     row.error && h("pre", { class: "log", tabindex: "0" }, row.error),

@@ -1,4 +1,4 @@
-// Your call: everything that waits for the operator, oldest first, and nothing else.
+// Your call: everything that waits for the operator, and nothing else.
 
 import { h } from "./dom.js";
 import { ago, clock, inline, plural, prose } from "./text.js";
@@ -107,7 +107,8 @@ export function question_card(question, { keys = false, ...props } = {}) {
 const NOTICES = {
   needs_login: { label: "Sign-in", tone: "bad", title: (row) => `${row.agent} is signed out` },
   failed: { label: "Failed", tone: "bad", title: (row) => `${row.agent} failed` },
-  rate_limited: { label: "Limit", tone: "warn", title: (row) => `${row.agent} waits for its limit` },
+  rate_limited: { label: "Limit", tone: "warn", title: (row) => `${row.agent} is at its limit` },
+  paused: { label: "Paused", tone: "warn", title: (row) => (row.agent ? `${row.agent} was paused` : "agents were paused") },
   budget: { label: "Budget", tone: "warn", title: (row) => `${row.agent} has spent its budget` },
   dead_letter: { label: "Undelivered", tone: "bad", title: (row) => `a message${row.agent ? ` to ${row.agent}` : ""} could not be delivered` },
 };
@@ -120,19 +121,23 @@ function notice_card(row, props) {
       h("div", { class: "card-title" }, h("span", { class: `label ${tone}` }, label), h("h3", null, title(row))),
       h("span", { class: "dim" }, ago(row.since), agent?.unread > 0 && ` · ${plural(agent.unread, "message")} wait`)),
     h("div", { class: "card-foot" },
-      h("div", { class: "decide" }, prose(row.text, { class: "dim" }), notice_buttons(row, agent)),
-      row.kind === "needs_login" && agent && signin(agent, `/api/agents/${agent.name}`),
-      row.agent && refusal(`agent:${row.agent}`)));
+      row.kind === "needs_login" && agent ? signin(agent, `/api/agents/${agent.name}`, prose(row.text, { class: "dim" }))
+        : h("div", { class: "decide" }, prose(row.text, { class: "dim" }), notice_buttons(row, agent)),
+      refusal(notice_group(row))));
 }
 
+const notice_group = (row) => `notice:${row.key}`;
+
+/** A notice that came as a message goes when that is read; the others when what they tell of is over. */
 function notice_buttons(row, agent) {
-  if (row.kind === "dead_letter") return h("a", { class: "button", href: "#/flow" }, "Look in Flow");
-  if (!agent) return null;
-  const open = h("a", { class: "button", href: `#/agents/${agent.name}` }, `Open ${agent.name}`);
-  const post_action = (action) => () => post(`/api/agents/${agent.name}/${action}`);
-  if (row.kind === "failed") return [open, button(`agent:${agent.name}`, agent.running ? "Restart" : "Start", post_action(agent.running ? "restart" : "start"), { kind: "main" })];
-  if (row.kind === "budget") return [open, button(`agent:${agent.name}`, "Resume", post_action("resume"), { kind: "main" })];
-  return open;
+  const lever = (label, action) => button(notice_group(row), label, () => post(`/api/agents/${agent.name}/${action}`), { kind: "main", name: `${label} ${agent.name}` });
+  return [
+    row.key.startsWith("message-") && button(notice_group(row), "Seen", () => post("/api/messages/read", { ids: [row.id] }), { name: `Seen: ${row.text}` }),
+    row.kind === "dead_letter" && h("a", { class: "button", href: "#/flow" }, "Look in Flow"),
+    agent && h("a", { class: "button", href: `#/agents/${agent.name}` }, `Open ${agent.name}`),
+    agent && row.kind === "failed" && (agent.running ? lever("Restart", "restart") : lever("Start", "start")),
+    agent?.paused && (row.kind === "budget" || row.kind === "paused") && lever("Resume", "resume"),
+  ];
 }
 
 function first_card(row, props) {
@@ -159,14 +164,16 @@ function card(row) {
   return notice_card(row, props);
 }
 
+const oldest = (rows) => rows.map((row) => row.since).sort()[0];
+
 export function call_view() {
   const rows = state.attention;
   mark_card(rows);
   const under_way = state.approvals.filter((row) => is_running_phase(row.phase));
   return [
-    heading(rows.length ? `${plural(rows.length, "thing")} ${rows.length === 1 ? "waits" : "wait"} for you` : "Nothing waits for you", rows.length > 0 && ["oldest ", ago(rows[0].since, "for")]),
+    heading(rows.length ? `${plural(rows.length, "thing")} ${rows.length === 1 ? "waits" : "wait"} for you` : "Nothing waits for you", rows.length > 0 && ["oldest ", ago(oldest(rows), "for")]),
     h("div", { class: "cards" }, rows.length ? rows.map(card) : panel(null, empty("All requests are decided and all questions answered. What comes next appears here by itself."))),
-    under_way.length > 0 && [heading("Under way", plural(under_way.length, "request")), h("div", { class: "cards" }, under_way.map((row) => approval_card(row, { key: row.id })))],
+    under_way.length > 0 && [heading("Under way", plural(under_way.length, "request")), h("div", { class: "cards" }, under_way.map((row) => approval_card(row, { key: row.id, brief: true })))],
     h("p", { class: "after" }, h("a", { href: "#/approvals" }, "All requests and how they ended")),
   ];
 }

@@ -18,7 +18,7 @@ function log_of(id) {
   if (!state.logs.has(id)) {
     state.logs.set(id, []);
     const log = state.logs.get(id);
-    get(`/api/deploys/${id}`).then((deploy) => { log.splice(0, log.length, ...(deploy.log ?? [])); errors.delete(id); }, (error) => errors.set(id, error)).finally(changed);
+    get(`/api/deploys/${id}`).then(({ deploy }) => { log.splice(0, log.length, ...deploy.log); errors.delete(id); }, (error) => errors.set(id, error)).finally(changed);
   }
   return state.logs.get(id);
 }

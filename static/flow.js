@@ -1,13 +1,18 @@
 // Flow: messages between agents as they happen, oldest first, with a composer at the end.
 
 import { h, memo } from "./dom.js";
-import { clock, prose, prose_preview } from "./text.js";
+import { clock, prose, prose_preview, you_or } from "./text.js";
 import { act, button, draft, empty, field, heading, panel, refusal, set_draft, spend_draft, toggle, toggled } from "./parts.js";
-import { add_older_messages, is_new, living_agents, state } from "./store.js";
+import { add_older_messages, is_new, state } from "./store.js";
 import { get, post, send_message } from "./api.js";
 
-const who = (name) => (name === "operator" ? "you" : name === "*" ? "all" : name);
-export const is_unread = (message) => message.to === "operator" && message.state !== "acked";
+const who = you_or;
+
+/** What Your call shows as a notice stays there until it is seen there. */
+export function is_unread(message) {
+  return message.to === "operator" && message.state !== "acked" && !state.attention.some((row) => row.key === `message-${message.id}`);
+}
+
 export const unread_count = () => state.messages.filter(is_unread).length;
 
 // ── The side column ──────────────────────────────────────────────────────────────────────────────
@@ -15,10 +20,21 @@ export const unread_count = () => state.messages.filter(is_unread).length;
 const BRIEF = 6;
 
 export function flow_brief() {
-  const latest = state.messages.slice(-BRIEF);
+  const latest = together(state.messages.slice(-10 * BRIEF)).slice(-BRIEF);
   return [heading("Flow", latest.length > 0 && h("a", { href: "#/flow" }, "all and write")), panel({ class: "brief" },
     latest.length ? latest.map((message) => h("div", { class: `row ${is_new("message", message.id) ? "new" : ""}`, key: message.id },
       route(message), h("p", { class: "clamp" }, prose_preview(message.body, 200)))) : empty("No message yet."))];
+}
+
+/** A message to everyone is stored as a copy each; it is shown once. */
+function together(messages) {
+  const out = [];
+  for (const message of messages) {
+    const last = out.at(-1);
+    if (message.broadcast && last?.broadcast && last.from === message.from && last.at === message.at && last.body === message.body) out[out.length - 1] = { ...last, to: "all" };
+    else out.push(message);
+  }
+  return out;
 }
 
 function route(message) {
@@ -52,7 +68,9 @@ function shown_messages(thread) {
 // ── Older ones ───────────────────────────────────────────────────────────────────────────────────
 
 const PAGE = 200;
+const FEW = 100; // a snapshot has as many, if there are
 const reached_start = new Set();
+const at_start = () => state.messages.length < FEW || reached_start.has("") || reached_start.has(filter());
 
 async function earlier() {
   const name = filter();
@@ -100,7 +118,7 @@ function compose(thread) {
   const last = thread && thread_of(thread).at(-1);
   const partner = last && (last.from === "operator" ? last.to : last.from);
   const key = thread ? `flow:${thread}` : "flow";
-  const names = living_agents().map((agent) => agent.name);
+  const names = state.agents.map((agent) => agent.name);
   const to = names.includes(partner) ? partner : draft("flow:to") || (names.includes(filter()) && filter()) || names[0];
   const send = async () => {
     const body = draft(key).trim();
@@ -124,13 +142,13 @@ function filter_field() {
 }
 
 export function flow_view(thread) {
-  const messages = shown_messages(thread);
+  const messages = together(shown_messages(thread));
   return [
     thread ? heading(`Thread of #${thread}`, h("a", { href: "#/flow" }, "All messages")) : heading("Flow", filter_field()),
     panel({ class: "flow" },
-      !thread && messages.length > 0 && !reached_start.has(filter()) && h("div", { class: "earlier" }, button("flow:earlier", "Earlier…", earlier, { kind: "small" }), refusal("flow:earlier")),
+      !thread && messages.length > 0 && !at_start() && h("div", { class: "earlier" }, button("flow:earlier", "Earlier…", earlier, { kind: "small" }), refusal("flow:earlier")),
       messages.length === 0 && empty("No message yet. What agents write to each other and to you appears here as it happens."),
-      messages.map((message) => memo(message.id, [message, is_new("message", message.id)], () => message_row(message))),
+      messages.map((message) => memo(message.id, [JSON.stringify(message), is_new("message", message.id)], () => message_row(message))),
       compose(thread)),
   ];
 }

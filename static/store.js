@@ -32,13 +32,11 @@ export function changed() {
 
 const MESSAGES_KEPT = 2000;
 const LOG_LINES_KEPT = 5000;
-const listeners = { events: new Set(), usage: new Set() };
+const listeners = { events: new Set(), usage: new Set(), roster: new Set() };
 
-/** `on("events", fn)` for what no list of this file holds. Returns the way to stop. */
-export function on(kind, listener) {
-  listeners[kind].add(listener);
-  return () => listeners[kind].delete(listener);
-}
+/** For what no list of this file holds: `on("events", (agent, events) => …)`, `on("usage", …)`, `on("roster", …)`. */
+export const on = (kind, listener) => listeners[kind].add(listener);
+const tell = (kind, ...news) => listeners[kind].forEach((listener) => listener(...news));
 
 export function connected(live) {
   if (live === state.live) return;
@@ -60,6 +58,7 @@ function take_snapshot(snapshot) {
   state.logs.clear(); // lines may have been missed: who looks at one asks for the whole
   arrived.clear();
   sort_agents();
+  tell("roster");
 }
 
 /** Keeps the older messages that were loaded before, unless there may be a hole between them and these. */
@@ -70,8 +69,11 @@ function with_older(messages) {
 }
 
 const CHANGES = {
-  agent: ({ row }) => { replace(state.agents, row, "name"); sort_agents(); },
-  agent_gone: ({ name }) => remove(state.agents, name, "name"),
+  agent: ({ row }) => {
+    if (replace(state.agents, row, "name")) tell("roster");
+    sort_agents();
+  },
+  agent_gone: ({ name }) => { remove(state.agents, name, "name"); tell("roster"); },
   approval: ({ row }) => (is_open_approval(row) ? replace(state.approvals, row) : remove(state.approvals, row.id)),
   question: ({ row }) => (row.status === "open" ? replace(state.questions, row) : remove(state.questions, row.id)),
   message: ({ row }) => {
@@ -81,8 +83,8 @@ const CHANGES = {
   deploy: ({ row }) => { if (replace(state.deploys, row)) arrived.add(`deploy:${row.id}`); },
   deploy_log: ({ id, lines }) => add_log(id, lines),
   attention: ({ rows }) => take_attention(rows),
-  usage: ({ today_usd }) => { state.usage.today_usd = today_usd; listeners.usage.forEach((listener) => listener()); },
-  events: ({ agent, events }) => listeners.events.forEach((listener) => listener(agent, events)),
+  usage: ({ today_usd }) => { state.usage.today_usd = today_usd; tell("usage"); },
+  events: ({ agent, events }) => tell("events", agent, events),
 };
 
 function take_change(change) {
@@ -126,8 +128,7 @@ export function add_older_messages(rows) {
 export const is_running_phase = (phase) => phase === "queued" || phase === "building" || phase === "switching";
 export const is_open_approval = (row) => row.status === "pending" || is_running_phase(row.phase);
 export const agent_named = (name) => state.agents.find((agent) => agent.name === name);
-export const living_agents = () => state.agents.filter((agent) => !agent.kept);
 
 function sort_agents() {
-  state.agents.sort((a, b) => a.kept - b.kept || b.manager - a.manager || a.name.localeCompare(b.name));
+  state.agents.sort((a, b) => b.manager - a.manager || a.name.localeCompare(b.name));
 }

@@ -45,18 +45,18 @@ function facts() {
 function schedule_row(row) {
   return h("div", { class: "row line", key: row.id },
     h("span", { class: "grow" }, h("strong", null, row.to), " ", prose_preview(row.body)),
-    h("span", { class: "dim" }, row.every_s ? `every ${span(row.every_s * 1000)}` : "once", " · next ", ago(row.next_at ?? row.first, "until")),
+    h("span", { class: "dim" }, row.every_s ? `every ${span(row.every_s * 1000)}` : "once", " · next ", ago(row.next ?? row.first, "until")),
     button(`schedule:${row.id}`, "Cancel", () => post(`/api/schedules/${row.id}/cancel`).then(load_system), { kind: "small", name: `Cancel schedule ${row.id}` }), refusal(`schedule:${row.id}`));
 }
 
 function audit_row(row) {
-  return h("tr", { key: row.id }, h("td", { class: "dim" }, clock(row.at, true)), h("td", null, row.who), h("td", null, row.what),
-    h("td", { class: "wrap" }, row.detail ?? ""), h("td", { class: row.outcome === "ok" ? "dim" : "bad" }, row.outcome));
+  return h("tr", { key: row.id }, h("td", { class: "dim" }, clock(row.at, true)), h("td", null, row.who), h("td", null, row.what.replaceAll("_", " ")),
+    h("td", null, row.subject), h("td", { class: "wrap dim" }, row.outcome));
 }
 
 function audit_table() {
   return h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Audit" }, h("table", { class: "audit" },
-    h("thead", null, h("tr", null, ["When", "Who", "What", "", "Outcome"].map((name) => h("th", { scope: "col" }, name)))),
+    h("thead", null, h("tr", null, ["When", "Who", "What", "Whom", "Outcome"].map((name) => h("th", { scope: "col" }, name)))),
     h("tbody", null, known.audit.map(audit_row))));
 }
 

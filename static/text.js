@@ -69,6 +69,9 @@ export const plural = (number, one, many = `${one}s`) => `${count(number)} ${num
 export const dollars = (usd) => `$${(usd ?? 0).toFixed(usd > 0 && usd < 0.01 ? 4 : 2)}`;
 export const short_sha = (sha) => (sha ?? "").slice(0, 7);
 
+/** The operator reads this page: "operator (dashboard)" is "you". */
+export const you_or = (name) => (/^operator\b/.test(name ?? "") ? "you" : name);
+
 /** 48201 → "48 k" where room is short. */
 export function thousands(number) {
   if (number < 1000) return String(number ?? 0);

@@ -36,7 +36,7 @@ export function tool_box(step, draw_child) {
       h("b", null, title(name)), h("code", null, first_line(telling(name, input))), h("span", { class: "outcome" }, outcome(step, edits))),
     open && input_view(name, input, edits),
     step.children.length > 0 && nested(key, step.children, draw_child),
-    (open || !edits || step.result?.data.is_error) && step.result && output_view(key, step.result.data, name === "Read" ? 0 : SHOWN_LINES, open));
+    step.result && (open || worth_showing(step.result.data, edits)) && output_view(key, step.result.data, name === "Read" ? 0 : SHOWN_LINES, open));
 }
 
 function first_line(text) {
@@ -62,6 +62,10 @@ function outcome({ call, result }, edits) {
   const took = Date.parse(result.at) - Date.parse(call.at);
   return ["✓ ", took >= 0 && duration(took)];
 }
+
+// What an edit answers, and our own tools' bare "ok", is only shown on demand.
+const BARE = /^\{"(ok":true|id":\d+)\}$/;
+const worth_showing = ({ output = "", is_error, images }, edits) => is_error || images > 0 || (!edits && !BARE.test(output));
 
 function input_view(name, input, edits) {
   if (edits) return edits.map((lines) => diff_lines(lines));

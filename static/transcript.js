@@ -12,6 +12,7 @@ import { tool_box } from "./tools.js";
 const OPEN_TURNS = 3;
 const STEPS_SHOWN = 150;
 const PAGE = 300;
+const LATE_MS = 2000; // what the hive no longer keeps is asked of the agent and comes over the stream
 
 export class Transcript {
   /** `fetch_older(before, max)` → promise of events, oldest first. */
@@ -61,15 +62,16 @@ export class Transcript {
   refresh(events) {
     const newest = events[0]?.id ?? 0;
     if (this.last_id && newest > this.last_id + 1) this.clear();
-    if (events.length < PAGE) this.at_start ||= this.first_id === Infinity || this.first_id >= newest;
     this.add(events);
+    if (this.first_id === 1) this.at_start = true;
   }
 
   async earlier() {
     const height = document.documentElement.scrollHeight;
-    const events = await this.fetch_older(this.first_id, PAGE);
-    if (!events.length) this.at_start = true;
-    this.add(events);
+    const first_id = this.first_id;
+    this.add(await this.fetch_older(first_id, PAGE));
+    if (this.first_id === first_id) await new Promise((resolve) => { setTimeout(resolve, LATE_MS); });
+    this.at_start = this.first_id === 1 || this.first_id === first_id;
     requestAnimationFrame(() => requestAnimationFrame(() => scrollBy({ top: document.documentElement.scrollHeight - height, behavior: "instant" })));
   }
 

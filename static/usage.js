@@ -33,22 +33,12 @@ function last_days() {
 
 const sum = (rows, field) => rows.reduce((total, row) => total + (row[field] ?? 0), 0);
 
-const WIDTH = 700;
-const HEIGHT = 120;
-
 function day_bars(rows) {
   const days = last_days().map((day) => ({ day, usd: sum(rows.filter((row) => row.day === day), "cost_usd") }));
   const most = Math.max(...days.map(({ usd }) => usd), 0.01);
-  const step = WIDTH / DAYS;
-  return h("svg", { class: "chart", viewBox: `0 0 ${WIDTH} ${HEIGHT + 38}`, role: "img", "aria-label": `Cost by day: ${days.map(({ day, usd }) => `${day} ${dollars(usd)}`).join(", ")}` },
-    days.map(({ day, usd }, index) => {
-      const height = Math.round(HEIGHT * usd / most);
-      const middle = index * step + step / 2;
-      return h("g", { key: day },
-        h("rect", { class: "column", x: index * step + 5, y: HEIGHT + 16 - height, width: step - 10, height: Math.max(height, 1), rx: 2 }, h("title", null, `${day}: ${dollars(usd)}`)),
-        usd > 0 && h("text", { x: middle, y: HEIGHT + 11 - height, "text-anchor": "middle" }, dollars(usd)),
-        h("text", { class: "dim", x: middle, y: HEIGHT + 32, "text-anchor": "middle" }, day.slice(8)));
-    }));
+  return h("ol", { class: "chart", "aria-label": "Cost by day" }, days.map(({ day, usd }) =>
+    h("li", { key: day, title: `${day}: ${dollars(usd)}` },
+      h("span", { class: "usd" }, usd > 0 && dollars(usd)), h("span", { class: "column", vars: { "--part": usd / most } }), h("span", { class: "dim" }, day.slice(8)))));
 }
 
 // ── By agent ─────────────────────────────────────────────────────────────────────────────────────
