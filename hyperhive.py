@@ -84,6 +84,7 @@ BIND_TRIES: Final = 12  # after the first: 0.5 + 1 + 10 × 2 s, about 22 s
 BIND_WAIT_MAX_S: Final = 2.0
 TICK_S: Final = 0.25
 EVENTS_KEPT: Final = 2000  # of each agent, for the dashboard
+EVENT_BYTES: Final = 1024 * 1024
 LOG_LINES_MAX: Final = 1000
 CRASH_WINDOW_MS: Final = 600_000
 DAY_MS: Final = 86_400_000
@@ -2104,6 +2105,12 @@ class Approvals:
         if self._row(tx, approval)["status"] == Status.PENDING:
             self.fail(tx, approval, "agent state dir missing", note="agent state dir missing")
 
+    def fail_all(self, tx: Tx, agent: str, why: str) -> None:
+        """The agent goes: nothing that waits for it can be carried out."""
+        pending = "SELECT id FROM approvals WHERE agent = ? AND status = 'pending'"
+        for row in tx.execute(pending, agent).fetchall():
+            self.fail(tx, row["id"], why, note=why)
+
     def _row(self, tx: Tx, approval: int) -> sqlite3.Row:
         row = tx.one("SELECT * FROM approvals WHERE id = ?", approval)
         if row is None:
@@ -2417,8 +2424,11 @@ def make_containers(config: Config) -> Containers:
 class Agents:
     """Start, stop, watch, destroy. `doors` opens and closes an agent's socket."""
 
-    def __init__(self, config: Config, store: Store, broker: Broker, containers: Containers) -> None:
-        self._config, self._store, self._broker, self.containers = config, store, broker, containers
+    def __init__(
+        self, config: Config, store: Store, broker: Broker, approvals: Approvals, containers: Containers
+    ) -> None:
+        self._config, self._store, self._broker, self._approvals = config, store, broker, approvals
+        self.containers = containers
         self.open_door: Callable[[str], None] = lambda name: None
         self.close_door: Callable[[str], None] = lambda name: None
         self.connected: dict[str, int] = {}  # agents whose harness has said hello → connections
@@ -2526,15 +2536,7 @@ class Agents:
             now_ms(),
             name,
         )
-        for row in tx.execute("SELECT id FROM approvals WHERE agent = ? AND status = 'pending'", name).fetchall():
-            tx.execute(
-                "UPDATE approvals SET status = 'failed', note = 'agent destroyed', resolved_at = ?, resolved_by = ?"
-                " WHERE id = ?",
-                now_ms(),
-                SYSTEM,
-                row["id"],
-            )
-            tx.changed("approval", row["id"])
+        self._approvals.fail_all(tx, name, "agent destroyed")
         tx.audit(actor, "purge" if purge else "destroy", name)
         tx.changed("agent", name)
 
@@ -4046,7 +4048,7 @@ class AgentConnection(Connection):
                 json.dumps(event["data"]),
             )
         if stored:
-            newest = stored[-1]["id"]
+            newest = tx.value("SELECT max(id) FROM events WHERE agent = ?", self.name)
             tx.execute("DELETE FROM events WHERE agent = ? AND id <= ?", self.name, newest - EVENTS_KEPT)
         if usage is not None:
             self._take_usage(tx, usage)
@@ -4189,6 +4191,8 @@ def _event_from(f: Fields) -> Json:
         "data": f.mapping("data"),
     }
     f.done()
+    if len(json.dumps(event["data"])) > EVENT_BYTES:
+        raise Refused("too_large", f"an event may have at most {EVENT_BYTES} bytes of data")
     return event
 
 
@@ -5084,7 +5088,7 @@ class Daemon:
         broker = Broker(store, config.limits)
         repositories = Repositories(config)
         approvals = Approvals(config, store, broker)
-        agents = Agents(config, store, broker, make_containers(config))
+        agents = Agents(config, store, broker, approvals, make_containers(config))
         deploys = Deploys(config, store, broker, approvals, repositories, agents)
         views = Views(config, store, agents)
         hub, doors = Hub(views), Doors()
