@@ -5189,8 +5189,8 @@ def only_daemon(config: Config) -> Iterator[None]:
 
 DEMO_DIR: Final = "hyperhive-demo"
 DEMO_REQUEST: Final = (
-    "Please get somebody to look after our notes: an agent called alice, who keeps /shared tidy and writes an"
-    " index of it. Ask me for whatever you need."
+    "Please get me somebody who writes short reports about this place: an agent called alice."
+    " Let her ask me what the first one shall be about."
 )
 ASK_TIMEOUT_S: Final = 60.0
 
