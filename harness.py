@@ -1220,13 +1220,6 @@ class EventStore:
     def last_turn(self) -> int:
         return int(self._number("SELECT coalesce((SELECT turn FROM events ORDER BY id DESC LIMIT 1), 0)"))
 
-    def skip_to(self, event_id: int) -> None:
-        """Ids the host has seen are never used again, even if this file is younger than its knowledge."""
-        insert = "INSERT INTO events(id, at_ms, turn, kind, json) VALUES(?, 0, 0, 'note', '{}')"
-        with self._lock, contextlib.suppress(sqlite3.Error):
-            self._db.execute(insert, (event_id,))
-            self._db.execute("DELETE FROM events WHERE id = ?", (event_id,))
-
     def cost_since(self, seconds: float) -> float:
         total = "SELECT coalesce(sum(json_extract(json, '$.cost_usd')), 0) FROM events"
         return self._number(f"{total} WHERE kind = 'turn_end' AND at_ms >= ?", (int(seconds * 1000),))
@@ -1349,8 +1342,6 @@ class Journal(threading.Thread):
         self._wake()
 
     def connected(self, last_event: int) -> None:
-        if last_event > self.store.last_id():
-            self.store.skip_to(last_event)
         self._sent = max(last_event, self.store.last_id() - REPORT_BACKLOG)
         self._wake()
 
@@ -2018,7 +2009,7 @@ class Agent:
         self, turn: Turn, failure: Failure, detail: str = "", *, cost: float = 0.0, ended: Ended | None = None
     ) -> None:
         remedy = REMEDIES[failure]
-        reason = f"{remedy.reason} {detail}".strip()
+        reason = cut(f"{remedy.reason} {detail}".strip(), 1000)
         self._close_turn(turn, "failed", cost, ended, reason=reason, **{"class": str(failure)})
         if turn.unread:
             self._end_process()  # it would go on with lines whose mail is given back now

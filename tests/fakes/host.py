@@ -39,6 +39,7 @@ class Host:
         self._last_id = 0
         self._connections: set[Connection] = set()
         self._listener: socket.socket | None = None
+        self._threads: list[threading.Thread] = []
 
     # Life
 
@@ -46,7 +47,7 @@ class Host:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.path))
         self._listener.listen(32)
-        threading.Thread(target=self._accept, args=[self._listener], daemon=True).start()
+        self._run(lambda listener=self._listener: self._accept(listener))
 
     def stop(self) -> None:
         """As when the daemon is killed: every connection breaks, every lease goes back."""
@@ -57,7 +58,13 @@ class Host:
             self.path.unlink(missing_ok=True)
         for connection in list(self._connections):
             connection.close()
-        self.wait(lambda: not self._connections, "connections to close")
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -67,8 +74,8 @@ class Host:
                 return
             connection = Connection(self, peer)
             self._connections.add(connection)
-            for work in (connection.read, connection.serve):
-                threading.Thread(target=work, daemon=True).start()
+            self._run(connection.read)
+            self._run(connection.serve)
 
     # For tests
 
@@ -111,6 +118,10 @@ class Host:
         found = self.wait(lambda: len(self.of(kind, **data)) >= count, f"{count} events {kind} {data}")
         assert found
         return self.of(kind, **data)[count - 1]
+
+    def wait_text(self, part: str) -> None:
+        """Until the agent has said something with this in it."""
+        self.wait(lambda: any(part in event["text"] for event in self.of("text")), f"the text {part!r}")
 
     def of(self, kind: str, **data: Any) -> list[Json]:
         events = [self.events[key]["data"] for key in sorted(self.events) if self.events[key]["kind"] == kind]
