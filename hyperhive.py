@@ -942,6 +942,7 @@ class Tx:
         self.touched: set[str] = set()  # mailboxes that a waiting lease should look into
         self.changes: list[tuple[str, Any]] = []  # (kind, key) of rows that live views show
         self.after: list[Callable[[], object]] = []  # run on the writer thread once this is durable
+        self.undo: list[Callable[[], object]] = []  # run there when it is rolled back
 
     def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
         return self._connection.execute(sql, values)
@@ -1079,24 +1080,29 @@ class Store:
             log.exception("a transaction failed")
             with contextlib.suppress(sqlite3.Error):
                 tx.execute("ROLLBACK")
-            failure = Refused("storage", f"the database can't be written: {error}", "is the disk full?")
+            failure = _unwritable(error)
             for job in jobs:
                 job.error = job.error or failure
+            for action in tx.undo:
+                action()
         else:
             self._afterwards(tx)
         for job in jobs:
             job.done.release()
 
     def _savepoint(self, tx: Tx, job: _Job) -> None:
-        marks = len(tx.changes), len(tx.after), set(tx.touched)
+        marks = len(tx.changes), len(tx.after), len(tx.undo), set(tx.touched)
         tx.execute("SAVEPOINT job")
         try:
             job.result = job.work(tx)
         except Exception as error:
             tx.execute("ROLLBACK TO job")
-            del tx.changes[marks[0] :], tx.after[marks[1] :]
-            tx.touched = marks[2]
-            job.error = error
+            undo = tx.undo[marks[2] :]
+            del tx.changes[marks[0] :], tx.after[marks[1] :], tx.undo[marks[2] :]
+            tx.touched = marks[3]
+            for action in undo:
+                action()
+            job.error = _unwritable(error) if isinstance(error, sqlite3.OperationalError) else error
         tx.execute("RELEASE job")
 
     def _afterwards(self, tx: Tx) -> None:
@@ -1107,6 +1113,10 @@ class Store:
                 log.exception("after a commit")
         if tx.changes:
             self.on_changes(tx.changes)
+
+
+def _unwritable(error: Exception) -> Refused:
+    return Refused("storage", f"the database can't be written: {error}", "is the disk full?")
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -1182,6 +1192,7 @@ class _Wait:
     holder: LeaseHolder
     most: int
     until: float  # time.monotonic()
+    over: bool  # to be answered now, with or without mail
 
 
 class Broker:
@@ -1192,6 +1203,7 @@ class Broker:
         self._leaving = False
         self._waits: dict[str, list[_Wait]] = defaultdict(list)
         self._leases: dict[LeaseHolder, set[int]] = defaultdict(set)
+        self._unreturned: list[tuple[str, LeaseHolder]] = []
         self._controls: dict[str, list[Json]] = defaultdict(list)
         self._allowance: dict[str, tuple[float, float]] = {}  # sender → (tokens, at)
         store.before_commit = self._hand_out
@@ -1345,26 +1357,31 @@ class Broker:
 
     def lease(self, agent: str, holder: LeaseHolder, most: int, wait_s: float) -> None:
         """Ask for mail; the answer goes to `holder.deliver` as soon as there is something, or after `wait_s`."""
-        wait = _Wait(agent, holder, most, time.monotonic() + wait_s)
+        wait = _Wait(agent, holder, most, time.monotonic() + wait_s, over=not wait_s)
 
         def work(tx: Tx) -> None:
             self._waits[agent].append(wait)
+            tx.undo.append(lambda: self._waits[agent].remove(wait))
             tx.touched.add(agent)
-            if not wait_s:
-                tx.after_commit(lambda: self._expire(wait))
 
         self.store.write(work)
 
-    def end_waits(self, holder: LeaseHolder) -> None:
+    def end_waits(self, agent: str, holder: LeaseHolder) -> None:
         """Answer what this connection still waits for, so that its next request is answered in order."""
-        self.store.write(lambda tx: tx.after_commit(lambda: self._expire_of(holder)))
+        self.store.write(lambda tx: self._end(tx, [wait for wait in self._waits[agent] if wait.holder is holder]))
 
     def expire_waits(self) -> None:
-        """Called each tick. The look from another thread may be stale; `_expire` decides."""
+        """Called each tick. The look from another thread may be stale: a wait that was answered stays answered."""
         moment = time.monotonic()
         late = [wait for waits in list(self._waits.values()) for wait in list(waits) if wait.until <= moment]
         if late:
-            self.store.write(lambda tx: tx.after.extend(functools.partial(self._expire, wait) for wait in late))
+            self.store.write(lambda tx: self._end(tx, late))
+
+    def _end(self, tx: Tx, waits: list[_Wait]) -> None:
+        """Mail that came in the same moment still goes along: `_hand_out` answers a wait, and does so once."""
+        for wait in waits:
+            wait.over = True
+            tx.touched.add(wait.agent)
 
     def acknowledge(self, agent: str, ids: list[int]) -> int:
         """The turn is done: these never come again. Also good for mail that a restart put back meanwhile."""
@@ -1405,7 +1422,17 @@ class Broker:
             self._put_back(tx, agent, sorted(self._leases.get(holder, ())), blameless=False)
             tx.after_commit(lambda: self._leases.pop(holder, None))
 
-        self.store.write(work)
+        try:
+            self.store.write(work)
+        except Refused as error:  # a full disk: nobody else will ask for this mail again
+            log.warning("the mail that %s had leased can't be taken back now: %s", agent, error)
+            self._unreturned.append((agent, holder))
+
+    def return_late(self) -> None:
+        """Called each tick: take back what could not be stored when its connection closed."""
+        unreturned, self._unreturned = self._unreturned, []
+        for agent, holder in unreturned:
+            self.connection_closed(agent, holder)
 
     def leave(self) -> None:
         """The daemon is about to close its connections."""
@@ -1452,11 +1479,12 @@ class Broker:
 
     def _hand_out(self, tx: Tx) -> None:
         for name in sorted(tx.touched):
+            control = bool(self._controls.get(name))
             for wait in self._waits.get(name, ()):
                 messages = self._claim(tx, wait)
-                if not messages and not self._controls.get(name):
-                    break
-                tx.after_commit(functools.partial(self._deliver, wait, messages))
+                if messages or control or wait.over:
+                    tx.after_commit(functools.partial(self._deliver, wait, messages))
+                    control = False  # the first takes all of it
 
     def _claim(self, tx: Tx, wait: _Wait) -> list[Json]:
         if tx.value("SELECT paused FROM agents WHERE name = ?", wait.agent):
@@ -1474,26 +1502,9 @@ class Broker:
         return taken
 
     def _deliver(self, wait: _Wait, messages: list[Json]) -> None:
-        self._drop(wait)
+        self._waits[wait.agent].remove(wait)
         self._leases[wait.holder].update(message["id"] for message in messages)
         wait.holder.deliver({"messages": messages, "control": self._controls.pop(wait.agent, [])})
-
-    def _expire(self, wait: _Wait) -> None:
-        if self._drop(wait):
-            wait.holder.deliver({"messages": [], "control": []})
-
-    def _expire_of(self, holder: LeaseHolder) -> None:
-        for waits in list(self._waits.values()):
-            for wait in list(waits):
-                if wait.holder is holder:
-                    self._expire(wait)
-
-    def _drop(self, wait: _Wait) -> bool:
-        waits = self._waits[wait.agent]
-        if wait not in waits:
-            return False
-        waits.remove(wait)
-        return True
 
     def _forget(self, ids: Iterable[int]) -> None:
         for leased in self._leases.values():
@@ -3835,11 +3846,11 @@ class AgentConnection(Connection):
 
     def before_request(self) -> None:
         if self._waiting:
-            self._s.broker.end_waits(self)
+            self._s.broker.end_waits(self.name, self)
 
     def deliver(self, answer: Json) -> None:
-        self._waiting = False
         self.send_soon(ok_answer(**answer))
+        self._waiting = False  # only now may the answer to another request follow
 
     def closed(self) -> None:
         if self._greeted:
@@ -5113,6 +5124,7 @@ class Daemon:
         while not self._stop.wait(TICK_S):
             chores: list[Callable[[], None]] = [
                 services.broker.expire_waits,
+                services.broker.return_late,
                 services.broker.fire_due,
                 services.agents.look,
             ]
