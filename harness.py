@@ -84,7 +84,8 @@ KEEP_EVENTS_S: Final = 14 * 86400
 KEEP_EVENTS_BYTES: Final = 500 << 20
 
 LOGIN_S: Final = 600
-INTERRUPT_S: Final = 30  # from interrupt to kill
+INTERRUPT_S: Final = 30.0  # from interrupt to kill
+INTERRUPT_AGAIN_S: Final = 1.0
 STOP_TURN_S, STOP_PROCESS_S, STOP_FLUSH_S = 4.0, 1.5, 1.0  # together well under ten seconds
 
 PAGE_CONNECTIONS: Final = 32
@@ -1446,7 +1447,8 @@ class Turn:
     started: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
     interrupted_by: str | None = None  # operator, watchdog, stop
-    kill_at: float | None = None
+    interrupt_at: float = 0.0  # when to say it again, and
+    kill_at: float = 0.0  # when to say no more, once it is interrupted
     error: str | None = None
     explanation: str = ""
     tools: int = 0
@@ -1454,6 +1456,9 @@ class Turn:
     @property
     def duration_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)
+
+    def next_look(self, stall_s: float) -> float:
+        return min(self.interrupt_at, self.kill_at) if self.interrupted_by else self.heard + stall_s
 
     def take_unread(self) -> list[int]:
         ids = [message for group in self.unread.values() for message in group]
@@ -1690,7 +1695,7 @@ class Agent:
     def _wait_s(self) -> float:
         moments = [time.monotonic() + 60]
         if self._turn:
-            moments.append(self._turn.kill_at or self._turn.heard + self._stall_s)
+            moments.append(self._turn.next_look(self._stall_s))
         elif self._process:
             moments.append(self._idle_since + (self.hello.warm_s if self.hello else 120))
         if self._park and self._park.until:
@@ -1711,11 +1716,16 @@ class Agent:
             self._park = None
 
     def _watch(self, turn: Turn, now: float) -> None:
-        if turn.kill_at and now >= turn.kill_at and self._process:
+        if now < turn.next_look(self._stall_s) or self._process is None:
+            return
+        if not turn.interrupted_by:
+            self._interrupt("watchdog")
+        elif now >= turn.kill_at:
             turn.kill_at = now + INTERRUPT_S
             self._process.kill()
-        elif not turn.interrupted_by and now >= turn.heard + self._stall_s:
-            self._interrupt("watchdog")
+        else:  # one that comes before Claude has begun is lost
+            turn.interrupt_at = now + INTERRUPT_AGAIN_S
+            self._process.control("interrupt")
 
     # The host
 
@@ -1808,7 +1818,7 @@ class Agent:
         if self._turn and self._process and not self._turn.interrupted_by:
             self._turn.interrupted_by = by
             self._turn.kill_at = time.monotonic() + min(INTERRUPT_S, self._stall_s)
-            self._process.control("interrupt")
+            self._watch(self._turn, time.monotonic())
 
     def _begin_login(self) -> None:
         if self._login:
@@ -1897,7 +1907,8 @@ class Agent:
                 self.journal.record(self._turns, "compaction", sizes)
             case Streaming(text):
                 self._writing = self._writing + text if text else ""
-                self.journal.partial(self._writing)
+                if text:
+                    self.journal.partial(self._writing)
             case Ended() if process.launch.resume and not process.began:
                 pass  # the session is unknown; the command ends now, and that is handled
             case Ended():
@@ -2079,9 +2090,10 @@ class Agent:
         """In this order: interrupt, wait for the result, end the session, kill, sweep, give the mail back."""
         deadline = time.monotonic() + STOP_TURN_S
         self._interrupt("stop")
-        while self._turn and (left := deadline - time.monotonic()) > 0:
+        while (turn := self._turn) and (left := deadline - time.monotonic()) > 0:
+            self._watch(turn, time.monotonic())
             with contextlib.suppress(queue.Empty, HarnessError):
-                self._handle(self.inbox.get(timeout=left))
+                self._handle(self.inbox.get(timeout=min(left, INTERRUPT_AGAIN_S)))
         if self._turn:
             self._abandon(self._turn)
         if self._login:
