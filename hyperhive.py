@@ -2442,7 +2442,7 @@ class Agents:
         self.containers = containers
         self.open_door: Callable[[str], None] = lambda name: None
         self.close_door: Callable[[str], None] = lambda name: None
-        self.connected: dict[str, int] = {}  # agents whose harness has said hello → connections
+        self.connected: dict[str, set[object]] = defaultdict(set)  # connections on which a harness said hello
         self.running: frozenset[str] = frozenset()
         self.busy: set[str] = set()  # being deployed: not the watch's business
         self._locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
@@ -2496,7 +2496,14 @@ class Agents:
         with self._locks[name]:
             self._want(actor, name, "stop" if graceful else "kill", wanted=False)
             self.containers.stop(name, graceful=graceful)
+            self._until_disconnected(name)
         self.look()
+
+    def _until_disconnected(self, name: str) -> None:
+        """Once its connections have ended, the mail that it had leased is back."""
+        end = time.monotonic() + 1.0
+        while self.connected[name] and time.monotonic() < end:
+            time.sleep(0.01)
 
     def restart(self, actor: Actor, name: str) -> None:
         self._ready(name)
@@ -2783,7 +2790,7 @@ class Deploys:
         self._say(row, "starting")
         containers.start(name)
         end = time.monotonic() + self._config.hello_s
-        while name not in self._agents.connected:
+        while not self._agents.connected[name]:
             if self._closed or time.monotonic() > end or not containers.states()[name].running:
                 tail = "\n".join(containers.log(name, 20, None)[0])
                 raise Refused("internal", f"{name} did not say hello within {self._config.hello_s:g} s", tail)
@@ -3853,9 +3860,9 @@ class AgentConnection(Connection):
         self._waiting = False  # only now may the answer to another request follow
 
     def closed(self) -> None:
+        self._s.broker.connection_closed(self.name, self)
         if self._greeted:
             self._leave()
-        self._s.broker.connection_closed(self.name, self)
 
     def handle(self, request: Json) -> Json | None:
         verb = request.get("cmd")
@@ -3876,11 +3883,9 @@ class AgentConnection(Connection):
         last, model = f.integer("last_event"), f.text("model", max_bytes=200, default=None)
         f.text("session", max_bytes=100, default=None)
         f.done()
+        self._greeted = True
+        self._s.agents.connected[self.name].add(self)
         known = self._s.store.write(lambda tx: self._greet(tx, last, model))
-        if not self._greeted:
-            self._greeted = True
-            connected = self._s.agents.connected
-            connected[self.name] = connected.get(self.name, 0) + 1
         config, row = self._s.config, self._s.agents.living(self.name)
         page = {"host": config.listen_address, "port": config.port_of(self.name), "hosts": list(config.known_hosts)}
         settings = without_none(
@@ -3918,12 +3923,11 @@ class AgentConnection(Connection):
 
     def _leave(self) -> None:
         connected = self._s.agents.connected
-        connected[self.name] = connected.get(self.name, 1) - 1
-        if connected[self.name] > 0:
-            return
-        connected.pop(self.name, None)
+        connected[self.name].discard(self)
 
         def work(tx: Tx) -> None:
+            if connected[self.name]:
+                return
             tx.execute("UPDATE agents SET state = 'offline', state_since = ? WHERE name = ?", now_ms(), self.name)
             tx.changed("agent", self.name)
 
@@ -4778,7 +4782,7 @@ class Routes:
         found = self._s.views.events(agent=name, before=before, most=most)
         if before and len(found) < most and before > 1:
             oldest = found[0]["id"] if found else before
-            if oldest > 1 and name in self._s.agents.connected:
+            if oldest > 1 and self._s.agents.connected[name]:
                 self._s.store.write(
                     lambda tx: self._s.broker.control(
                         tx, name, Control.SEND_HISTORY, before=oldest, max=most - len(found)
@@ -4964,7 +4968,7 @@ class Routes:
 def control_agent(services: Services, actor: Actor, name: str, do: Control, fields: Json) -> None:
     """Hand a control item to a harness that is there to take it."""
     services.agents.living(name)
-    if name not in services.agents.connected:
+    if not services.agents.connected[name]:
         raise Refused("conflict", f"{name} is not connected", "start it first")
 
     def work(tx: Tx) -> None:
