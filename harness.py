@@ -613,7 +613,7 @@ class MailLink(threading.Thread):
 # Claude process
 # ──────────────────────────────────────────────────────────────────────────────
 # Three traps. Tools run in sessions of their own, so a killed Claude leaves them running: they are found
-# by CLAUDE_CODE_SESSION_ID in their environment. A line that is not JSON kills the command. And a user line
+# by a mark in their environment. A line that is not JSON kills the command. And a user line
 # whose uuid the conversation knows is echoed but starts no turn, so each attempt needs uuids of its own.
 
 CLAUDE_OPTIONS: Final = (
@@ -639,6 +639,8 @@ CLAUDE_SETTINGS: Final = {
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     "BROWSER": "/bin/false",  # a sign-in shows its address to the operator instead
 }
+
+SESSION_MARK: Final = "HYPERHIVE_SESSION"  # in the environment of Claude and of all that it starts
 
 PROMPT: Final = """\
 You are {name}, an agent of a hyperhive: several Claude Code agents on one machine, each in a container of its own.
@@ -682,15 +684,14 @@ def read_environment_file(path: Path) -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def claude_environment(config: Config, name: str) -> dict[str, str]:
+def claude_environment(config: Config) -> dict[str, str]:
     # A Claude that was started by another one would take that one's session for its own.
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("CLAUDE_CODE_", "CLAUDECODE"))}
-    return {**inherited, **CLAUDE_SETTINGS, "HYPERHIVE_NAME": name, **read_environment_file(config.environment_file)}
+    return {**inherited, **CLAUDE_SETTINGS, **read_environment_file(config.environment_file)}
 
 
-def open_claude(config: Config, argv: list[str], name: str, *, stderr: int) -> subprocess.Popen[bytes]:
-    log(f"starting {argv[0]}")
-    pipe, environment = subprocess.PIPE, claude_environment(config, name)
+def open_claude(config: Config, argv: list[str], *, stderr: int, **marks: str) -> subprocess.Popen[bytes]:
+    pipe, environment = subprocess.PIPE, {**claude_environment(config), **marks}
     try:
         return subprocess.Popen(
             argv, cwd=config.state, env=environment, stdin=pipe, stdout=pipe, stderr=stderr, start_new_session=True
@@ -949,13 +950,13 @@ class ClaudeProcess:
 
     def __init__(self, config: Config, launch: Launch, inbox: Inbox) -> None:
         self.launch, self._inbox = launch, inbox
-        self.session = launch.session
         self.began = False  # whether it has said `init`: a lost session never does
         self.cost_usd = 0.0  # what it has counted so far
         self._garbage: str | None = None
         self._complaint = ""
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._child = open_claude(config, launch.argv(config), launch.name, stderr=subprocess.PIPE)
+        marks = {SESSION_MARK: launch.session, "HYPERHIVE_NAME": launch.name}
+        self._child = open_claude(config, launch.argv(config), stderr=subprocess.PIPE, **marks)
         self.pid = self._child.pid
         self._threads = [
             threading.Thread(target=work, name=f"claude-{work.__name__}", daemon=True)
@@ -985,7 +986,7 @@ class ClaudeProcess:
         except subprocess.TimeoutExpired:
             self.kill()
             self._child.wait()
-        sweep_orphans(self.session)
+        sweep_orphans(self.launch.session)
 
     def kill(self) -> None:
         self._child.kill()
@@ -1026,8 +1027,8 @@ class ClaudeProcess:
 
 
 def sweep_orphans(session: str) -> int:
-    """Kills what a session's tools left running. Returns how many there were."""
-    mark = f"CLAUDE_CODE_SESSION_ID={session}".encode()
+    """Kills what a session left running. Returns how many there were."""
+    mark = f"{SESSION_MARK}={session}".encode()
     found = 0
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # gone meanwhile, or not ours to read
@@ -1051,12 +1052,12 @@ class LoginNews:
 class Login:
     """`claude auth login` over pipes: it prints an address, takes a code, and ends with a status."""
 
-    def __init__(self, config: Config, name: str, inbox: Inbox) -> None:
+    def __init__(self, config: Config, inbox: Inbox) -> None:
         self._inbox = inbox
         self._url: str | None = None
         self._last = ""
         self._ended_by_us: str | None = None
-        self._child = open_claude(config, [*config.claude, "auth", "login"], name, stderr=subprocess.STDOUT)
+        self._child = open_claude(config, [*config.claude, "auth", "login"], stderr=subprocess.STDOUT)
         self._clock = threading.Timer(LOGIN_S, self.cancel, ["Nobody finished the sign-in within ten minutes."])
         self._clock.daemon = True
         self._clock.start()
@@ -1565,6 +1566,8 @@ class Agent:
     # The loop
 
     def run(self) -> None:
+        if self.session.session and sweep_orphans(self.session.session):
+            self._note("A Claude that an earlier harness had left running was ended.")
         self.link.start()
         while not self._stopping:
             self._handle_next(self._wait_s())
@@ -1824,7 +1827,7 @@ class Agent:
         if self._login:
             return
         try:
-            self._login = Login(self.config, self.session.name, self.inbox)
+            self._login = Login(self.config, self.inbox)
             self._login_news = LoginNews(self._login, "starting")
         except HarnessError as problem:
             self._note(problem.message)
@@ -1944,7 +1947,7 @@ class Agent:
         return self._turn
 
     def _on_began(self, process: ClaudeProcess, session: str, model: str | None) -> None:
-        process.began, process.session = True, session
+        process.began = True
         if session != self.session.session:
             self.session.session = session
             self.session.save()
@@ -2050,7 +2053,7 @@ class Agent:
 
     def _on_claude_gone(self, process: ClaudeProcess, gone: ClaudeGone) -> None:
         self._process = None
-        if swept := sweep_orphans(process.session):
+        if swept := sweep_orphans(process.launch.session):
             self._note(f"{swept} processes that Claude had left running were ended.")
         turn = self._turn
         why = gone.garbage or f"Status {gone.status}. {gone.complaint}".strip()
@@ -2131,21 +2134,25 @@ class Toolbox:
 
 @dataclass(frozen=True)
 class Tool:
+    """`fields`: name → what it is; `name?` may be left out; `name:type` is not a string."""
+
     name: str
     description: str
     run: Callable[[Toolbox, Json], Json]
-    properties: Json
-    required: tuple[str, ...] = ()
-    manager_only: bool = False
+    fields: Mapping[str, str]
+
+    def schema(self) -> Json:
+        properties: Json = {}
+        required = []
+        for key, description in self.fields.items():
+            name, _, kind = key.partition(":")
+            array = {"items": {"type": "string"}} if kind == "array" else {}
+            properties[name.rstrip("?")] = {"type": kind or "string", "description": description, **array}
+            required += [] if name.endswith("?") else [name]
+        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
     def as_json(self) -> Json:
-        schema = {
-            "type": "object",
-            "properties": self.properties,
-            "required": list(self.required),
-            "additionalProperties": False,
-        }
-        return {"name": self.name, "description": self.description, "inputSchema": schema}
+        return {"name": self.name, "description": self.description, "inputSchema": self.schema()}
 
 
 def forward(verb: str) -> Callable[[Toolbox, Json], Json]:
@@ -2233,83 +2240,62 @@ def tool_request_apply_commit(box: Toolbox, arguments: Json) -> Json:
     return box.calls.call("request_apply_commit", {**arguments, "sha": sha, "bundle": bundle})
 
 
-def text_field(description: str, **more: Any) -> Json:
-    return {"type": "string", "description": description, **more}
+AGENT: Final = "name of the agent"
+MOMENT: Final = "a moment as RFC 3339, for example 2030-01-31T08:00:00Z"
 
-
-def number_field(description: str, kind: str = "number") -> Json:
-    return {"type": kind, "description": description}
-
-
-AGENT_FIELD: Final = text_field("Name of the agent.")
-TIME_FIELD: Final = text_field("A moment as RFC 3339, for example 2030-01-31T08:00:00Z.")
-
-TOOLS: Final = (
+AGENT_TOOLS: Final = (
     Tool(
         "send",
         "Send a message: to an agent by name, to `operator` (the person), or to `*` (every other agent).",
         tool_send,
         {
-            "to": text_field("Name of an agent, `operator`, or `*`."),
-            "body": text_field("What to say; at most 64 KiB. Pass larger things as files in the shared folder."),
-            "in_reply_to": number_field("Id of the message this answers.", "integer"),
+            "to": "name of an agent, `operator`, or `*`",
+            "body": "what to say; at most 64 KiB: pass larger things as files in the shared folder",
+            "in_reply_to?:integer": "id of the message this answers",
         },
-        ("to", "body"),
     ),
     Tool(
         "inbox",
         "Look at mail that waits for you. You need not poll: new mail is given to you by itself.",
         forward("inbox"),
-        {"max": number_field("At most this many.", "integer")},
+        {"max?:integer": "at most this many"},
     ),
     Tool(
         "ask",
         "Ask the operator (or an agent) a question. Does not wait: end your turn, the answer comes as mail.",
         forward("ask"),
         {
-            "question": text_field("The question, complete in itself."),
-            "options": {
-                "type": "array",
-                "items": {"type": "string"},
-                "maxItems": 10,
-                "description": "Answers to choose from; a free answer is always possible.",
-            },
-            "multi": {"type": "boolean", "description": "Whether several options may be chosen."},
-            "to": text_field("Whom to ask; the operator if left out."),
-            "ttl_s": number_field("Seconds until the question expires."),
+            "question": "the question, complete in itself",
+            "options?:array": "at most ten answers to choose from; a free answer is always possible",
+            "multi?:boolean": "whether several options may be chosen",
+            "to?": "whom to ask; the operator if left out",
+            "ttl_s?:number": "seconds until the question expires",
         },
-        ("question",),
     ),
     Tool(
         "answer",
         "Answer a question that you were asked.",
         forward("answer"),
-        {"id": number_field("Id of the question.", "integer"), "text": text_field("Your answer.")},
-        ("id", "text"),
+        {"id:integer": "id of the question", "text": "your answer"},
     ),
     Tool(
         "remind",
         "Send yourself a message later. Give exactly one of delay_s and at.",
         forward("remind"),
-        {"body": text_field("What to be reminded of."), "delay_s": number_field("Seconds from now."), "at": TIME_FIELD},
-        ("body",),
+        {"body": "what to be reminded of", "delay_s?:number": "seconds from now", "at?": MOMENT},
     ),
     Tool(
         "cancel",
         "Cancel a question or a reminder of yours. Give exactly one.",
         forward("cancel"),
-        {
-            "question": number_field("Id of a question.", "integer"),
-            "reminder": number_field("Id of a reminder.", "integer"),
-        },
+        {"question?:integer": "id of a question", "reminder?:integer": "id of a reminder"},
     ),
     Tool("open_threads", "Your open questions, what you are asked, and your reminders.", forward("open_threads"), {}),
     Tool(
         "set_status",
-        "Say in a few words what you are doing; the operator sees it. Empty text clears it.",
+        "Say in a few words what you are doing; the operator sees it.",
         tool_set_status,
-        {"text": text_field("At most 200 characters.")},
-        ("text",),
+        {"text": "at most 200 characters; empty clears it"},
     ),
     Tool("whoami", "Your name, role, model, session and folders.", tool_whoami, {}),
     Tool("list_agents", "All agents with state, status and description.", forward("list_agents"), {}),
@@ -2317,95 +2303,74 @@ TOOLS: Final = (
         "request_next_turn",
         "Ask to be woken once more right after this turn, with a note to yourself.",
         tool_request_next_turn,
-        {"note": text_field("What to go on with.")},
-        ("note",),
+        {"note": "what to go on with"},
     ),
+)
+MANAGER_TOOLS: Final = (
     Tool(
         "checkout_config",
         "Get the configuration of an agent as a git repository that you can change.",
         tool_checkout_config,
-        {"agent": AGENT_FIELD},
-        ("agent",),
-        manager_only=True,
+        {"agent": AGENT},
     ),
     Tool(
         "request_spawn",
         "Ask the operator to approve a new agent. The outcome comes as mail.",
         forward("request_spawn"),
         {
-            "name": text_field("Lower case letters, digits and hyphens, at most 9 characters."),
-            "description": text_field("What it is for and why; the operator decides by this."),
-            "config": text_field("Text of its agent.nix; left out, the template is used."),
+            "name": "lower case letters, digits and hyphens, at most 9 characters",
+            "description": "what it is for and why; the operator decides by this",
+            "config?": "text of its agent.nix; left out, the template is used",
         },
-        ("name", "description"),
-        manager_only=True,
     ),
     Tool(
         "request_apply_commit",
         "Ask the operator to approve a commit of an agent's configuration that you made in its checkout.",
         tool_request_apply_commit,
         {
-            "agent": AGENT_FIELD,
-            "sha": text_field("The commit, as a sha or any name git knows for it."),
-            "description": text_field("What changes and why; the operator decides by this."),
+            "agent": AGENT,
+            "sha": "the commit, as a sha or any name git knows for it",
+            "description": "what changes and why; the operator decides by this",
         },
-        ("agent", "sha", "description"),
-        manager_only=True,
     ),
     Tool(
         "request_update_inputs",
         "Ask the operator to approve newer inputs (nixpkgs and the like) for an agent.",
         forward("request_update_inputs"),
-        {"agent": text_field("Name of the agent, or `all`."), "description": text_field("Why.")},
-        ("agent",),
-        manager_only=True,
+        {"agent": "name of the agent, or `all`", "description?": "why"},
     ),
     Tool(
         "request_schedule",
         "Ask the operator to approve a message that is sent at a time, once or again and again.",
         forward("request_schedule"),
         {
-            "to": AGENT_FIELD,
-            "body": text_field("The message."),
-            "first": TIME_FIELD,
-            "every_s": number_field("Seconds between two; at least 60. Left out: once.", "integer"),
-            "description": text_field("Why."),
+            "to": AGENT,
+            "body": "the message",
+            "first": MOMENT,
+            "every_s?:integer": "seconds between two, at least 60; left out: once",
+            "description?": "why",
         },
-        ("to", "body", "first"),
-        manager_only=True,
     ),
     Tool(
         "cancel_request",
         "Withdraw a request of yours that still waits for the operator.",
         forward("cancel_request"),
-        {"id": number_field("Id of the request.", "integer")},
-        ("id",),
-        manager_only=True,
+        {"id:integer": "id of the request"},
     ),
     Tool(
         "list_approvals",
         "Requests and what became of them.",
         forward("list_approvals"),
-        {"status": text_field("Only these.", enum=["pending", "approved", "denied", "cancelled", "failed"])},
-        manager_only=True,
+        {"status?": "only these: pending, approved, denied, cancelled or failed"},
     ),
-    Tool("start_agent", "Start an agent.", forward("start_agent"), {"name": AGENT_FIELD}, ("name",), manager_only=True),
-    Tool("stop_agent", "Stop an agent.", forward("stop_agent"), {"name": AGENT_FIELD}, ("name",), manager_only=True),
-    Tool(
-        "restart_agent",
-        "Restart an agent.",
-        forward("restart_agent"),
-        {"name": AGENT_FIELD},
-        ("name",),
-        manager_only=True,
-    ),
+    Tool("start_agent", "Start an agent.", forward("start_agent"), {"name": AGENT}),
+    Tool("stop_agent", "Stop an agent.", forward("stop_agent"), {"name": AGENT}),
+    Tool("restart_agent", "Restart an agent.", forward("restart_agent"), {"name": AGENT}),
     Tool(
         "get_logs",
         "The last lines that an agent's harness wrote.",
         forward("get_logs"),
-        {"name": AGENT_FIELD, "lines": number_field("At most 1000.", "integer")},
-        ("name",),
-        manager_only=True,
+        {"name": AGENT, "lines?:integer": "at most 1000"},
     ),
 )
 
@@ -2420,14 +2385,16 @@ JSON_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
 
 def check_arguments(tool: Tool, arguments: Json) -> None:
     """Models leave things out and make things up; the error says which, so that the next try is right."""
+    schema = tool.schema()
+    known = schema["properties"]
     for key, value in arguments.items():
-        if key not in tool.properties:
-            known = ", ".join(tool.properties) or "none"
-            raise HarnessError("bad_arguments", f"{tool.name} has no field {key}.", f"Its fields: {known}.")
-        kind = tool.properties[key]["type"]
+        if key not in known:
+            hint = f"Its fields: {', '.join(known) or 'none'}."
+            raise HarnessError("bad_arguments", f"{tool.name} has no field {key}.", hint)
+        kind = known[key]["type"]
         if not isinstance(value, JSON_TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
             raise HarnessError("bad_arguments", f"{tool.name}: {key} must be of type {kind}.")
-    if missing := [key for key in tool.required if key not in arguments]:
+    if missing := [key for key in schema["required"] if key not in arguments]:
         raise HarnessError("bad_arguments", f"{tool.name} needs {', '.join(missing)}.")
 
 
@@ -2438,7 +2405,7 @@ class ToolServer:
         self._box, self._is_manager = box, is_manager
 
     def tools(self) -> dict[str, Tool]:
-        return {tool.name: tool for tool in TOOLS if self._is_manager() or not tool.manager_only}
+        return {tool.name: tool for tool in (*AGENT_TOOLS, *(MANAGER_TOOLS if self._is_manager() else ()))}
 
     def serve(self, message: Json) -> Json | None:
         """The answer, or None to a notification."""
@@ -3168,7 +3135,7 @@ class Rehearsal:
         self._emit(type="stream_event", event=event, parent_tool_use_id=None)
 
     def _use_tool(self, name: str, arguments: Json) -> str:
-        own = name in {tool.name for tool in TOOLS}
+        own = name in {tool.name for tool in (*AGENT_TOOLS, *MANAGER_TOOLS)}
         tool_use = f"toolu_{uuid.uuid4().hex[:16]}"
         shown = f"mcp__hive__{name}" if own else name
         self._assistant({"type": "tool_use", "id": tool_use, "name": shown, "input": arguments})
@@ -3185,10 +3152,8 @@ class Rehearsal:
         return str(output)
 
     def _run_shell(self, command: str) -> tuple[str, bool]:
-        environment = {**os.environ, "CLAUDE_CODE_SESSION_ID": self._session}
         child = subprocess.Popen(
             ["sh", "-c", command],
-            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

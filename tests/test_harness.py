@@ -630,3 +630,18 @@ def test_what_claude_left_in_the_background_ends_with_it(harness: Harness) -> No
     assert len(sleeping) == 1
     harness.stop()
     assert not is_alive(sleeping[0])
+
+
+def test_a_harness_that_was_killed_finds_its_claude_again(harness: Harness) -> None:
+    host = harness.host
+    mark = harness.folder / "begun"
+    once = f"test -e {mark} || {{ touch {mark}; sleep 300; }}"
+    message = host.put(rehearse({"tool": "Bash", "input": {"command": once}}, {"text": "second time"}))
+    wait_for(mark.exists, "the tool")
+    claude = harness.claude_pid()
+    harness.end(signal.SIGKILL)
+    harness.start()
+    host.wait_acked(message)
+    host.wait_text("second time")
+    wait_for(lambda: not psutil.pid_exists(claude), "the end of the first Claude")
+    assert not [one for one in processes_of(harness.folder) if one.name() == "sleep"]
