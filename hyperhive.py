@@ -150,6 +150,8 @@ class Config:
     environment_file: str = ""
     extra_prompt: str = ""
     daily_budget_usd: float = 0.0
+    undo_s: float = 5.0
+    remind_after_s: float = 3600.0
     warm_s: float = 120.0
     stall_s: float = 1800.0
     hello_s: float = 60.0
@@ -394,6 +396,8 @@ def when(at_ms: int | None) -> str | None:
 
 NAME_PATTERN: Final = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 SHA_PATTERN: Final = re.compile(r"[0-9a-f]{40}")
+NESTING_MAX: Final = 100
+YEARS: Final = range(1970, 9999)  # at either end of what Python counts, an offset leads out of it
 MISSING: Final[Any] = object()
 
 
@@ -434,15 +438,32 @@ def check_sha(value: str) -> str:
 
 
 def parse_object(line: bytes | str, what: str = "the request") -> Json:
-    """One JSON object. Refuses what JSON allows and we can't store: lone surrogates, NaN, deep nesting."""
+    """One JSON object. Refuses what Python reads and others can't: lone surrogates, NaN, 1e999, deep nesting."""
     try:
         value = json.loads(line, parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError, UnicodeError) as error:
         raise Refused("bad_request", f"{what} is no JSON that we can read: {str(error)[:200]}") from None
     if not isinstance(value, dict):
         raise Refused("bad_request", f"{what} must be a JSON object, not {type(value).__name__}")
+    if _is_deep(value):
+        raise Refused("bad_request", f"{what} is nested more than {NESTING_MAX} levels deep")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a reader with less stack than ours might fail on it."""
+    level = [value]
+    for _ in range(NESTING_MAX):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _no_constant(word: str) -> NoReturn:
@@ -544,6 +565,8 @@ class Fields:
             moment = datetime.datetime.fromisoformat(text)
             if moment.tzinfo is None:
                 raise ValueError("it has no offset")
+            if moment.year not in YEARS:
+                raise ValueError(f"the year {moment.year} is too far away")
             return int(moment.timestamp() * 1000)
         except (ValueError, OverflowError) as error:
             raise Refused(
@@ -931,6 +954,12 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         outcome TEXT NOT NULL
     ) STRICT;
     """,
+    """
+    ALTER TABLE approvals ADD COLUMN cause TEXT NOT NULL DEFAULT '[]';  -- ids of the messages that led to it
+    ALTER TABLE approvals ADD COLUMN proposed_sha TEXT;                 -- before the operator's own edit
+    ALTER TABLE approvals ADD COLUMN reminded_at INTEGER;
+    ALTER TABLE deploys ADD COLUMN not_before INTEGER;                  -- until then the approval can be undone
+    """,
 )
 
 
@@ -1039,15 +1068,14 @@ class Store:
 
     def backup(self, target: Path) -> None:
         """A consistent copy while we run. The target must not exist."""
-        with self.read() as connection:
-            connection.execute("ROLLBACK")
-            try:
-                connection.execute("VACUUM INTO ?", (str(target),))
-            except sqlite3.Error as error:
-                raise Refused("storage", f"can't write the backup {target}: {error}") from None
-            finally:
-                connection.execute("BEGIN")
-        target.chmod(0o600)
+        connection = _connect(self._path)  # not one of the readers: they may write nothing, nowhere
+        try:
+            target.touch(mode=0o600, exist_ok=False)
+            connection.execute("VACUUM INTO ?", (str(target),))
+        except (OSError, sqlite3.Error) as error:
+            raise Refused("storage", f"can't write the backup {target}: {error}") from None
+        finally:
+            connection.close()
 
     def close(self) -> None:
         self._closed = True
@@ -1437,6 +1465,11 @@ class Broker:
     def leave(self) -> None:
         """The daemon is about to close its connections."""
         self._leaving = True
+
+    def in_hand(self, tx: Tx, agent: str) -> list[int]:
+        """The newest mail that an agent is working on: why it does what it does."""
+        leased = "SELECT id FROM messages WHERE recipient = ? AND state = 'leased' ORDER BY id DESC LIMIT 10"
+        return [row["id"] for row in tx.execute(leased, agent)][::-1]
 
     def _put_back(self, tx: Tx, agent: str, ids: list[int], *, blameless: bool) -> int:
         returned = 0
@@ -1941,6 +1974,13 @@ def diff_files(diff: str) -> list[Json]:
     return files
 
 
+def changed_lines(diff: str) -> Iterator[str]:
+    """The added and removed lines, without their mark."""
+    for line in diff.splitlines():
+        if line[:1] in ("+", "-") and not line.startswith(("+++ ", "--- ")):
+            yield line[1:]
+
+
 def remove_tree(folder: Path) -> None:
     """Delete a folder that an agent may have filled: links are removed, never followed."""
     if not shutil.rmtree.avoids_symlink_attacks:
@@ -1979,6 +2019,26 @@ class Request:
         """Equal for requests that ask for the same thing, whatever their reason says."""
         same = json.dumps([self.kind, self.agent, self.sha, self.detail], sort_keys=True)
         return hashlib.sha256(same.encode()).hexdigest()
+
+
+def digest_of(row: sqlite3.Row) -> str:
+    """What a person was shown, in short: it changes whenever something else would be done."""
+    shown = json.dumps([row["id"], row["fingerprint"], row["fetched_sha"], row["base_sha"]])
+    return hashlib.sha256(shown.encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """An approval, with what the person saw: `sha` and `digest` guard a page that shows something older."""
+
+    note: str | None = None
+    sha: str | None = None
+    digest: str | None = None
+    undo_s: float = 0.0
+
+    def check(self, row: sqlite3.Row) -> None:
+        if self.sha not in (None, row["fetched_sha"]) or self.digest not in (None, digest_of(row)):
+            raise Refused("stale", f"request {row['id']} is not what was shown any more", "look at it again")
 
 
 class Approvals:
@@ -2026,6 +2086,7 @@ class Approvals:
                 fetched_sha=request.sha,
                 base_sha=request.base_sha,
                 diff=request.diff,
+                cause=json.dumps(self._broker.in_hand(tx, actor.name)),
             )
             if request.kind is Kind.APPLY:
                 ref = f"refs/proposals/{approval}"
@@ -2058,23 +2119,47 @@ class Approvals:
         ):
             raise Refused("unknown_agent", f"there is no agent {request.agent!r}")
 
-    def approve(self, actor: Actor, approval: int, note: str | None = None, shown_sha: str | None = None) -> None:
-        """Approve once; doing it again changes nothing. `shown_sha` guards a page that shows something older."""
+    def approve(self, actor: Actor, approval: int, decision: Decision = Decision()) -> None:
+        """Approve once; doing it again changes nothing."""
 
         def work(tx: Tx) -> None:
             row = self._row(tx, approval)
             if row["status"] == Status.APPROVED:
                 return
             self._must_be_pending(row)
-            if shown_sha is not None and shown_sha != row["fetched_sha"]:
-                raise Refused(
-                    "stale", f"request {approval} is for another commit than the one shown", "look at it again"
-                )
-            self._resolve(tx, actor, row, Status.APPROVED, note)
-            self._carry_out(tx, actor, row)
+            decision.check(row)
+            waits = decision.undo_s > 0 and row["kind"] != Kind.SCHEDULE
+            self._resolve(tx, actor, row, Status.APPROVED, decision.note, quiet=waits)
+            self._carry_out(tx, actor, row, now_ms() + int(decision.undo_s * 1000) if waits else None)
 
         self._store.write(work)
         self.on_deploy()
+
+    def undo(self, actor: Actor, approval: int) -> None:
+        """Take an approval back, as long as its deploy has not begun."""
+
+        def work(tx: Tx) -> None:
+            row = self._row(tx, approval)
+            waiting = "DELETE FROM deploys WHERE approval = ? AND phase = 'queued' AND not_before > ?"
+            if row["status"] != Status.APPROVED or not tx.execute(waiting, approval, now_ms()).rowcount:
+                raise Refused("conflict", f"request {approval} can't be undone any more", "`rollback` goes back")
+            tx.execute(
+                "UPDATE approvals SET status = 'pending', note = NULL, resolved_at = NULL, resolved_by = NULL"
+                " WHERE id = ?",
+                approval,
+            )
+            if row["kind"] == Kind.SPAWN:
+                self.unadmit(tx, row["agent"])
+            tx.audit(actor, "undo", f"approval {approval}")
+            tx.changed("approval", approval)
+
+        self._store.write(work)
+
+    def begin(self, tx: Tx, approval: int) -> None:
+        """The time for an undo is over: now whoever asked is told."""
+        row = self._row(tx, approval)
+        if tx.execute("UPDATE deploys SET not_before = NULL WHERE approval = ? AND not_before", approval).rowcount:
+            self._tell(tx, row, Status.APPROVED, row["note"], None)
 
     def deny(self, actor: Actor, approval: int, note: str | None = None) -> None:
         def work(tx: Tx) -> None:
@@ -2109,7 +2194,7 @@ class Approvals:
             " WHERE a.status = 'pending' AND NOT g.kept AND g.deployed_sha NOT NULL"
         )
         for row in pending:
-            if not self._config.agent_dir(row["agent"]).is_dir():
+            if not (self._config.agent_dir(row["agent"]) / "state").is_dir():
                 self._store.write(functools.partial(self._orphan, approval=row["id"]))
 
     def _orphan(self, tx: Tx, approval: int) -> None:
@@ -2135,7 +2220,15 @@ class Approvals:
             raise Refused("conflict", f"request {row['id']} was {row['status']} already{by}")
 
     def _resolve(
-        self, tx: Tx, actor: Actor, row: sqlite3.Row, status: Status, note: str | None, error: str | None = None
+        self,
+        tx: Tx,
+        actor: Actor,
+        row: sqlite3.Row,
+        status: Status,
+        note: str | None,
+        error: str | None = None,
+        *,
+        quiet: bool = False,
     ) -> None:
         tx.execute(
             "UPDATE approvals SET status = ?, note = ?, resolved_at = ?, resolved_by = ? WHERE id = ?",
@@ -2148,8 +2241,11 @@ class Approvals:
         tx.audit(actor, status, f"approval {row['id']}", error or note or "ok")
         tx.changed("approval", row["id"])
         tx.changed("agent", row["agent"])
-        if row["requested_by"] in (actor.name, OPERATOR):
-            return
+        if not quiet and row["requested_by"] not in (actor.name, OPERATOR):
+            self._tell(tx, row, status, note, error)
+
+    def _tell(self, tx: Tx, row: sqlite3.Row, status: Status, note: str | None, error: str | None) -> None:
+        """Every outcome wakes whoever asked."""
         body = f"Your request {row['id']} ({row['kind']} {row['agent']}) was {status}."
         body += f" The operator's note: {note}" if note and error is None else ""
         body += f" What went wrong: {error}" if error else ""
@@ -2166,14 +2262,15 @@ class Approvals:
             sha=row["fetched_sha"],
         )
 
-    def _carry_out(self, tx: Tx, actor: Actor, row: sqlite3.Row) -> None:
+    def _carry_out(self, tx: Tx, actor: Actor, row: sqlite3.Row, not_before: int | None) -> None:
         """What approval means for each kind."""
         kind, detail = Kind(row["kind"]), json.loads(row["detail"])
         if kind is Kind.SPAWN:
             self.admit(tx, row["agent"], row["description"] or "", row["requested_by"])
-            queue_deploy(tx, row["agent"], "spawn", approval=row["id"])
+            queue_deploy(tx, row["agent"], "spawn", approval=row["id"], not_before=not_before)
         elif kind is Kind.APPLY:
-            queue_deploy(tx, row["agent"], "apply", sha=row["fetched_sha"], approval=row["id"])
+            sha = row["fetched_sha"]
+            queue_deploy(tx, row["agent"], "apply", sha=sha, approval=row["id"], not_before=not_before)
         elif kind is Kind.SCHEDULE:
             self._broker.add_schedule(
                 tx, actor, detail["to"], detail["body"], detail["first_at"], detail.get("every_s")
@@ -2201,9 +2298,37 @@ class Approvals:
             )
         tx.changed("agent", name)
 
+    def unadmit(self, tx: Tx, name: str) -> None:
+        """Back to what was there before `admit`: a kept agent, or nothing but perhaps its folders."""
+        tx.execute("UPDATE agents SET kept = 1, wanted = 0 WHERE name = ?", name)
+        tx.execute("DELETE FROM agents WHERE name = ? AND deployed_sha IS NULL", name)
+        tx.changed("agent", name)
 
-def queue_deploy(tx: Tx, agent: str, kind: str, *, sha: str | None = None, approval: int | None = None) -> int:
-    deploy = tx.insert("deploys", agent=agent, kind=kind, sha=sha, approval=approval, requested_at=now_ms())
+    def remind_waiting(self) -> None:
+        """Called each tick: a request that waits too long is brought up once more."""
+        before = now_ms() - int(self._config.remind_after_s * 1000)
+        late = "SELECT * FROM approvals WHERE status = 'pending' AND reminded_at IS NULL AND requested_at <= ?"
+        if self._config.remind_after_s and self._store.row(late, before):
+            self._store.write(lambda tx: self._remind(tx, tx.execute(late, before).fetchall()))
+
+    def _remind(self, tx: Tx, rows: list[sqlite3.Row]) -> None:
+        for row in rows:
+            tx.execute("UPDATE approvals SET reminded_at = ? WHERE id = ?", now_ms(), row["id"])
+            text = f"Request {row['id']} ({row['kind']} {row['agent']}) by {row['requested_by']} still waits for you."
+            self._broker.tell(tx, OPERATOR, "request_waits", text, approval=row["id"], agent=row["agent"])
+
+
+def queue_deploy(
+    tx: Tx,
+    agent: str,
+    kind: str,
+    *,
+    sha: str | None = None,
+    approval: int | None = None,
+    not_before: int | None = None,
+) -> int:
+    row = {"agent": agent, "kind": kind, "sha": sha, "approval": approval, "not_before": not_before}
+    deploy = tx.insert("deploys", requested_at=now_ms(), **row)
     tx.changed("deploy", deploy)
     return deploy
 
@@ -2450,9 +2575,9 @@ class Agents:
 
     def prepare(self, name: str) -> None:
         """Folders, page token and socket; harmless to repeat. They exist before the agent does."""
-        for folder in (self._config.shared_dir, self._config.operator_dir):
+        for folder, mode in ((self._config.shared_dir, 0o770), (self._config.operator_dir, 0o755)):
             folder.mkdir(parents=True, exist_ok=True)
-        self._config.shared_dir.chmod(0o770)
+            folder.chmod(mode)
         for leaf in ("claude", "state"):
             (self._config.agent_dir(name) / leaf).mkdir(mode=0o700, parents=True, exist_ok=True)
         self._config.agent_dir(name).chmod(0o700)
@@ -2734,17 +2859,22 @@ class Deploys:
     def _next(self) -> sqlite3.Row | None:
         with self._wake:
             while not self._closed:
+                soonest = None
                 for row in self._store.rows("SELECT * FROM deploys WHERE phase = 'queued' ORDER BY id"):
-                    if row["agent"] not in self._agents.busy:
+                    wait_s = ((row["not_before"] or 0) - now_ms()) / 1000
+                    if wait_s > 0:
+                        soonest = min(wait_s, soonest or wait_s)
+                    elif row["agent"] not in self._agents.busy:
                         self._agents.busy.add(row["agent"])
                         return row
-                self._wake.wait()
+                self._wake.wait(soonest)
         return None
 
     def _carry_out(self, row: sqlite3.Row) -> None:
         name = row["agent"]
+        if not self._begin(row):
+            return
         try:
-            self._phase(row, Phase.BUILDING)
             sha = self._build(row)
             self._phase(row, Phase.SWITCHING)
             self._switch(row)
@@ -2840,24 +2970,29 @@ class Deploys:
                 return
             self._agents.containers.destroy(name)
             self._agents.close_door(name)
-            self._store.write(lambda tx: self._unspawn(tx, name))
+            self._store.write(lambda tx: self._approvals.unadmit(tx, name))
         except Refused as error:
             log.error("falling back after deploy %d: %s", row["id"], error)
 
-    def _unspawn(self, tx: Tx, name: str) -> None:
-        """A first start that failed: back to what was there, a kept agent or nothing but its folders."""
-        tx.execute("UPDATE agents SET kept = 1, wanted = 0 WHERE name = ?", name)
-        tx.execute("DELETE FROM agents WHERE name = ? AND deployed_sha IS NULL", name)
-        tx.changed("agent", name)
+    def _begin(self, row: sqlite3.Row) -> bool:
+        """False for a deploy that was undone in the last moment."""
+
+        def work(tx: Tx) -> bool:
+            if tx.one("SELECT 1 FROM deploys WHERE id = ?", row["id"]) is None:
+                return False
+            tx.execute("UPDATE deploys SET started_at = coalesce(started_at, ?) WHERE id = ?", now_ms(), row["id"])
+            if row["approval"] is not None:
+                self._approvals.begin(tx, row["approval"])
+            return True
+
+        going = self._store.write(work)
+        if going:
+            self._phase(row, Phase.BUILDING)
+        return going
 
     def _phase(self, row: sqlite3.Row, phase: Phase) -> None:
         def work(tx: Tx) -> None:
-            tx.execute(
-                "UPDATE deploys SET phase = ?, started_at = coalesce(started_at, ?) WHERE id = ?",
-                phase,
-                now_ms(),
-                row["id"],
-            )
+            tx.execute("UPDATE deploys SET phase = ? WHERE id = ?", phase, row["id"])
             tx.changed("deploy", row["id"])
             tx.changed("approval", row["approval"])
 
@@ -2885,7 +3020,22 @@ AGENT_SQL: Final = """
         (SELECT coalesce(sum(cost_usd), 0) FROM usage WHERE day = ? AND agent = g.name) AS cost_today
     FROM agents g
 """
-APPROVAL_SQL: Final = "SELECT a.*, d.id AS deploy, d.phase FROM approvals a LEFT JOIN deploys d ON d.approval = a.id"
+APPROVAL_SQL: Final = """
+    SELECT a.*, d.id AS deploy, d.phase, d.not_before,
+        (SELECT max(b.id) FROM approvals b WHERE a.status = 'pending' AND b.status = 'pending' AND b.id > a.id
+            AND b.agent = a.agent AND b.kind = a.kind AND a.kind = 'apply_commit') AS superseded_by
+    FROM approvals a LEFT JOIN deploys d ON d.approval = a.id
+"""
+# What a line of a config may touch, in a person's words. A hint beside the diff, never a verdict.
+TOUCHES: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
+    (re.compile(r"\bsystemPackages\b"), "programs that its shell finds"),
+    (re.compile(r"\bservices\.hyperhive\.harness\b"), "how its Claude is run or prompted"),
+    (re.compile(r"\bservices\.(?!hyperhive\.harness)"), "services that run in its container"),
+    (re.compile(r"\b(networking|firewall|openssh|nameservers|proxy)\b"), "networking"),
+    (re.compile(r"\busers\.|\bsudo\b|\bextraGroups\b|\bauthorizedKeys\b"), "users and their rights"),
+    (re.compile(r"\bsystemd\.|\bboot\.|\bfileSystems\b|\benvironment\.etc\b"), "the base system"),
+    (re.compile(r"\bfetch\w+\b|\bhttps?:|\bimport\b|\bbuiltins\."), "code or files from elsewhere"),
+)
 LIVE_PHASES: Final = ("queued", "building", "switching")
 WORRIES: Final = {  # system messages to the operator that stay on the screen until they are read
     "dead_letter": "dead_letter",
@@ -2983,11 +3133,37 @@ class Views:
         return [self._approval(row) for row in self._store.rows(APPROVAL_SQL + where, *LIVE_PHASES)]
 
     def approval(self, approval: int, *, diff: bool = False) -> Json:
+        """One request; with `diff` all that helps to decide."""
         row = self._store.row(APPROVAL_SQL + " WHERE a.id = ?", approval)
         if row is None:
             raise Refused("not_found", f"there is no request {approval}", "`pending` lists those that wait")
         shown = self._approval(row)
-        return shown | {"diff": row["diff"], "files": diff_files(row["diff"])} if diff else shown
+        if not diff:
+            return shown
+        return shown | {
+            "diff": row["diff"],
+            "files": diff_files(row["diff"]),
+            "touches": touches(row["diff"]),
+            "thread": self._thread(json.loads(row["cause"])),
+            "earlier": self._earlier(row),
+        }
+
+    def _thread(self, cause: list[int]) -> list[Json]:
+        """The messages that led to a request, and what those answered; oldest first."""
+        found: dict[int, sqlite3.Row] = {}
+        wanted = list(cause)
+        while wanted and len(found) < 30:
+            number = wanted.pop()
+            row = None if number in found else self._store.row("SELECT * FROM messages WHERE id = ?", number)
+            if row is not None:
+                found[number] = row
+                wanted += [row["in_reply_to"]] if row["in_reply_to"] else []
+        return [self._message(found[number]) for number in sorted(found)]
+
+    def _earlier(self, row: sqlite3.Row) -> list[Json]:
+        """How requests for the same agent were decided before, newest first."""
+        where = " WHERE a.agent = ? AND a.id < ? AND a.status != 'pending' ORDER BY a.id DESC LIMIT 10"
+        return [self._approval(other) for other in self._store.rows(APPROVAL_SQL + where, row["agent"], row["id"])]
 
     def _approval(self, row: sqlite3.Row) -> Json:
         detail = json.loads(row["detail"])
@@ -3013,6 +3189,10 @@ class Views:
             error=row["error"],
             deploy_id=row["deploy"],
             schedule=schedule,
+            digest=digest_of(row),
+            superseded_by=row["superseded_by"],
+            proposed_sha=row["proposed_sha"],
+            undo_until=when(row["not_before"]) if row["phase"] == Phase.QUEUED else None,
         )
 
     def questions(self, *, status: str | None = None, who: str | None = None, number: int | None = None) -> list[Json]:
@@ -3237,6 +3417,11 @@ class Views:
         return None
 
 
+def touches(diff: str) -> list[str]:
+    lines = [line for line in changed_lines(diff) if not line.lstrip().startswith("#")]
+    return [words for pattern, words in TOUCHES if any(pattern.search(line) for line in lines)]
+
+
 def _worry(kind: str, key: Any, agent: str | None, text: str, since: str) -> Json:
     number = key if isinstance(key, int) else None
     return without_none(key=f"{kind}-{key}", kind=kind, id=number, agent=agent, text=text[:500], since=since)
@@ -3378,6 +3563,7 @@ class Hub:
             self._seq += 1
             self._ring.clear()
             self._each(self._snapshot_for)
+            self._status_rows()
         else:
             self._publish_rows(marks)
         for agent, batch in events:
@@ -3388,20 +3574,22 @@ class Hub:
         for kind, key in marks:
             if (change := self._views.change(kind, key)) is not None:
                 self._frame(change)
-        names = {key for kind, key in marks if kind == "agent"}
         if any(stream.dialect == "status" for stream in self._streams):
-            self._status_rows(names)
+            self._status_rows()
         worries = self._views.attention()
         if [row["key"] for row in worries] != [row["key"] for row in self._worries]:
             self._worries = worries
             self._frame({"kind": "attention", "rows": worries})
 
-    def _status_rows(self, names: set[str]) -> None:
-        for row in (row for row in self._views.agent_statuses() if row["name"] in names):
-            if self._statuses.get(row["name"]) != row:
-                self._statuses[row["name"]] = row
+    def _status_rows(self) -> list[Json]:
+        """The rows as they are; who follows them is told of each that is new."""
+        rows = self._views.agent_statuses()
+        known, self._statuses = self._statuses, {row["name"]: row for row in rows}
+        for row in rows:
+            if known.get(row["name"]) != row:
                 line = encode_line(ok_answer(agent_statuses=[row]))
                 self._each(lambda stream, line=line: line if stream.dialect == "status" else b"")  # type: ignore[misc]
+        return rows
 
     def _frame(self, change: Json, agent: str = "") -> None:
         self._seq += 1
@@ -3429,8 +3617,12 @@ class Hub:
             except (OSError, ValueError):
                 stream.sock.close()
                 continue
+            if stream.dialect == "sse":
+                first = self._missed(stream)
+            else:
+                first = encode_line(ok_answer(agent_statuses=self._status_rows()))
             self._streams.add(stream)
-            self._send(stream, self._missed(stream))
+            self._send(stream, first)
 
     def _missed(self, stream: Stream) -> bytes:
         """What a stream has not seen since `after`; a snapshot where that can't be told any more."""
@@ -4213,7 +4405,7 @@ def _event_from(f: Fields) -> Json:
 
 def _usage_from(f: Fields) -> Json:
     counts = ("input_tokens", "output_tokens", "cache_read_tokens", "cache_creation_tokens", "duration_ms")
-    usage = {name: f.integer(name) for name in counts} | {
+    usage = {name: f.integer(name, most=10**10) for name in counts} | {  # sums must fit into sqlite's integers
         "turn": f.text("turn", max_bytes=64),
         "model": f.text("model", max_bytes=200, default=None),
         "cost_usd": f.number("cost_usd", most=1e6),
@@ -4312,10 +4504,8 @@ class HostConnection(Connection):
         return {"agent_statuses": self._s.views.agent_statuses()}
 
     def subscribe(self, f: Fields) -> None:
-        """The rows as they are; then the hub sends each that changes, and watches for the client's end."""
-        duplicate = self.sock.dup()
-        self.send(ok_answer(agent_statuses=self._s.views.agent_statuses()))
-        self._s.hub.join(Stream(duplicate, "status"))
+        """The hub answers with the rows as they are, then sends each that changes and watches for the client's end."""
+        self._s.hub.join(Stream(self.sock.dup(), "status"))
         self.sock.close()
 
     def agents(self, f: Fields) -> Json:
@@ -4368,7 +4558,7 @@ class HostConnection(Connection):
     def approve(self, f: Fields) -> Json:
         approval, note = f.integer("id"), f.text("note", default=None, blank=True)
         self._s.approvals.fail_orphans()
-        self._s.approvals.approve(self._actor, approval, note or None)
+        self._s.approvals.approve(self._actor, approval, Decision(note or None))
         return {}
 
     def deny(self, f: Fields) -> Json:
@@ -4711,6 +4901,7 @@ class Routes:
         }
         acting: dict[str, Callable[..., Any]] = {
             "/api/approvals/<number:int>/approve": self.approve,
+            "/api/approvals/<number:int>/undo": self.undo,
             "/api/approvals/<number:int>/deny": self.deny,
             "/api/agents": self.spawn,
             "/api/agents/<name>/<action>": self.act,
@@ -4847,10 +5038,16 @@ class Routes:
 
     def approve(self, number: int) -> Json:
         f = self._body()
-        note, sha = f.text("note", default=None, blank=True), f.text("sha", default=None)
+        note, sha, digest = (f.text(key, default=None, blank=True) for key in ("note", "sha", "digest"))
+        undo_s = self._s.config.undo_s if f.flag("undo") else 0.0
         f.done()
         self._s.approvals.fail_orphans()
-        self._s.approvals.approve(self._actor, number, note or None, sha)
+        self._s.approvals.approve(self._actor, number, Decision(note or None, sha, digest, undo_s))
+        return {"approval": self._s.views.approval(number)}
+
+    def undo(self, number: int) -> Json:
+        self._body().done()
+        self._s.approvals.undo(self._actor, number)
         return {"approval": self._s.views.approval(number)}
 
     def deny(self, number: int) -> Json:
@@ -5130,6 +5327,7 @@ class Daemon:
                 services.broker.expire_waits,
                 services.broker.return_late,
                 services.broker.fire_due,
+                services.approvals.remind_waiting,
                 services.agents.look,
             ]
             if time.monotonic() - cleaned > 3600:
@@ -5170,6 +5368,7 @@ def make_folders(config: Config) -> None:
     try:
         config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         config.runtime_dir.mkdir(mode=0o751, parents=True, exist_ok=True)
+        config.runtime_dir.chmod(0o751)  # whatever the umask is: `hive-admin` reaches host.sock through it
         (config.runtime_dir / "agents").mkdir(mode=0o700, exist_ok=True)
         for folder in (config.state_dir / "applied", config.state_dir / "agents", config.scratch_dir):
             folder.mkdir(mode=0o700, exist_ok=True)
