@@ -93,7 +93,7 @@ PAGE_BODY: Final = 128 << 10
 PAGE_WRONG_TOKENS: Final = 10  # a minute, from one address
 PAGE_EVENTS: Final = 300
 PAGE_BIND_TRIES: Final = 12
-FEED_CHANGES: Final = 1000  # how far back a page can resume its stream
+FEED_CHANGES: Final = 500  # how far back a page can resume its stream
 STATIC_TYPES: Final = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -167,7 +167,7 @@ def rfc3339(seconds: float) -> str:
 
 
 def encode(value: object) -> bytes:
-    # surrogatepass would make bytes no peer accepts; a lone surrogate from a \ud800 escape is replaced.
+    # Half a surrogate pair, which JSON can carry and UTF-8 can't, becomes a question mark.
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
@@ -217,13 +217,6 @@ class State(enum.StrEnum):
     FAILED = "failed"
 
 
-class Fate(enum.Enum):
-    """What becomes of the mail of a failed turn. (After an interrupt by the operator it counts as done.)"""
-
-    RETURN = "give it back with blame: after five times the host declares it dead"
-    RETURN_BLAMELESS = "give it back without blame: the mail had no part in it"
-
-
 class Wait(enum.Enum):
     """How long no new turn starts after a failure."""
 
@@ -249,34 +242,28 @@ class Failure(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Remedy:
-    fate: Fate
+    """`blame`: the mail of the turn goes back as a failed attempt; after five the host declares it dead."""
+
+    blame: bool
     wait: Wait
     state: State
     reason: str
     new_session: bool = False
 
 
-# The one place that says what each kind of failure does to the mail of the turn and to the agent.
+# The one place that says what each kind of failure does to the mail of its turn and to the agent.
 REMEDIES: Final[Mapping[Failure, Remedy]] = {
-    Failure.SIGN_IN: Remedy(Fate.RETURN_BLAMELESS, Wait.OPERATOR, State.NEEDS_LOGIN, "Claude is not signed in."),
-    Failure.LIMIT: Remedy(Fate.RETURN_BLAMELESS, Wait.RESET, State.RATE_LIMITED, "The usage limit is reached."),
-    Failure.OVERLOAD: Remedy(
-        Fate.RETURN_BLAMELESS, Wait.BACK_OFF, State.RATE_LIMITED, "The service is overloaded or failing."
-    ),
-    Failure.BILLING: Remedy(Fate.RETURN_BLAMELESS, Wait.OPERATOR, State.FAILED, "The account has no credit."),
-    Failure.MODEL: Remedy(Fate.RETURN_BLAMELESS, Wait.OPERATOR, State.FAILED, "The service does not know the model."),
-    Failure.CANNOT_START: Remedy(
-        Fate.RETURN_BLAMELESS, Wait.BACK_OFF, State.FAILED, "The claude command cannot be started."
-    ),
-    Failure.TOO_LONG: Remedy(
-        Fate.RETURN, Wait.NOT, State.IDLE, "The conversation grew too long; a new one begins.", new_session=True
-    ),
-    Failure.STALLED: Remedy(Fate.RETURN, Wait.BACK_OFF, State.FAILED, "The turn was silent for too long."),
-    Failure.DIED: Remedy(Fate.RETURN, Wait.BACK_OFF, State.FAILED, "The claude command ended in the middle of a turn."),
-    Failure.GARBAGE: Remedy(
-        Fate.RETURN, Wait.BACK_OFF, State.FAILED, "The claude command printed what is not its protocol."
-    ),
-    Failure.OTHER: Remedy(Fate.RETURN, Wait.BACK_OFF, State.FAILED, "The turn failed."),
+    Failure.SIGN_IN: Remedy(False, Wait.OPERATOR, State.NEEDS_LOGIN, "Claude is not signed in."),
+    Failure.LIMIT: Remedy(False, Wait.RESET, State.RATE_LIMITED, "The usage limit is reached."),
+    Failure.OVERLOAD: Remedy(False, Wait.BACK_OFF, State.RATE_LIMITED, "The service is overloaded or failing."),
+    Failure.BILLING: Remedy(False, Wait.OPERATOR, State.FAILED, "The account has no credit."),
+    Failure.MODEL: Remedy(False, Wait.OPERATOR, State.FAILED, "The service does not know the model."),
+    Failure.CANNOT_START: Remedy(False, Wait.BACK_OFF, State.FAILED, "The claude command cannot be started."),
+    Failure.TOO_LONG: Remedy(True, Wait.NOT, State.IDLE, "The conversation grew too long.", new_session=True),
+    Failure.STALLED: Remedy(True, Wait.BACK_OFF, State.FAILED, "The turn was silent for too long."),
+    Failure.DIED: Remedy(True, Wait.BACK_OFF, State.FAILED, "The claude command ended in the middle of a turn."),
+    Failure.GARBAGE: Remedy(True, Wait.BACK_OFF, State.FAILED, "The claude command broke its protocol."),
+    Failure.OTHER: Remedy(True, Wait.BACK_OFF, State.FAILED, "The turn failed."),
 }
 
 
@@ -544,14 +531,17 @@ class MailLink(threading.Thread):
         self._waiting: collections.deque[Callable[[Fields | None], None]] = collections.deque()
 
     def run(self) -> None:
-        pause = RECONNECT_S[0]
+        pause, told = RECONNECT_S[0], ""
         while True:
             try:
                 self._wire = self._introduced()
                 pause = RECONNECT_S[0]
+                told = ""
                 self._lease_for_ever(self._wire)
             except (OSError, HarnessError) as problem:
-                log(f"no host: {problem}")
+                if str(problem) != told:  # once, not every five seconds
+                    told = str(problem)
+                    log(f"no host: {told}")
             self._disconnect()
             time.sleep(pause)
             pause = min(pause * 2, RECONNECT_S[1])
@@ -966,8 +956,8 @@ class ClaudeProcess:
             thread.start()
         self.control("initialize", sdkMcpServers=["hive"])
 
-    def user(self, text: str, line_uuid: str) -> None:
-        self._send({"type": "user", "message": {"role": "user", "content": text}, "uuid": line_uuid})
+    def user(self, text: str, identity: str) -> None:
+        self._send({"type": "user", "message": {"role": "user", "content": text}, "uuid": identity})
 
     def control(self, subtype: str, **fields: Any) -> None:
         request = {"subtype": subtype, **fields}
@@ -1392,7 +1382,7 @@ class Journal(threading.Thread):
             except Refused as problem:  # the same again would be refused again: go on with the next
                 log(f"the host refuses a report: {problem} ({', '.join(self._unsent)})")
             except HarnessError:
-                self._dirty = True
+                self._dirty = not self._closing  # try again, but hold nobody up who wants to end
                 return
             self._unsent = {}
 
@@ -2029,7 +2019,7 @@ class Agent:
             self._end_process()  # it would go on with lines whose mail is given back now
         if remedy.new_session:
             self._forget_session(remedy.reason)
-        self._give_back(list(turn.messages), reason, blameless=remedy.fate is Fate.RETURN_BLAMELESS)
+        self._give_back(list(turn.messages), reason, blameless=not remedy.blame)
         self._failures += 1
         self._park = self._parked(failure, remedy, reason)
 
@@ -2443,8 +2433,11 @@ class ToolServer:
         check_arguments(tool, arguments)
         try:
             return tool.run(self._box, arguments) or {"ok": True}
-        except OSError as problem:
-            raise HarnessError("failed", f"{name} failed: {problem}.") from None
+        except HarnessError:
+            raise
+        except Exception as problem:  # whatever it is: without an answer Claude would wait for ever
+            log(f"tool {name}: {problem!r}")
+            raise HarnessError("failed", f"{name} failed: {problem!r}.") from None
 
 
 def serve_stdio(server: ToolServer) -> None:
@@ -2602,6 +2595,9 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
         try:
             self._page.check_host(self.headers.get("Host"))
             serve(urllib.parse.urlsplit(self.path).path)
+        except ValueError as problem:  # an address or a number that is none
+            self.close_connection = True
+            self._answer_json({"error": f"Not understood: {problem}.", "code": "bad_value"}, 400)
         except HarnessError as problem:
             self.close_connection = True  # a body may lie unread on it
             retry = re.search(r"\d+", problem.hint or "") if problem.code == "too_many_tries" else None
@@ -2843,10 +2839,12 @@ def script_for(me: str, mail: Heard, memory: Rehearsal) -> Script:
             return manager_hears_decision(mail)
         case ("manager", "system", "deployed") if mail.data.get("agent") == "alice" and memory.first_time("task"):
             return manager_gives_task()
+        case ("manager", "alice", ""):
+            return thanks(mail)
         case (_, "manager", ""):
-            return worker_starts(me, mail)
+            return worker_starts(me)
         case (_, "system", "question_answered"):
-            return worker_reports(me, mail)
+            return worker_reports(mail)
         case _:
             return reads(mail)
 
@@ -2854,6 +2852,10 @@ def script_for(me: str, mail: Heard, memory: Rehearsal) -> Script:
 def reads(mail: Heard) -> Script:
     what = f"the {mail.kind.replace('_', ' ')} notice" if mail.kind else f"message {mail.id} from {mail.sender}"
     yield {"text": f"I read {what}. Nothing needs to be done about it."}
+
+
+def thanks(mail: Heard) -> Script:
+    yield {"text": f"{mail.sender} writes: {mail.body} I thank her here, without mail: thanks need no answer."}
 
 
 def manager_proposes(mail: Heard) -> Script:
@@ -2896,7 +2898,7 @@ def manager_gives_task() -> Script:
     yield {"tool": "send", "input": {"to": "alice", "body": task}}
 
 
-def worker_starts(me: str, mail: Heard) -> Script:
+def worker_starts(me: str) -> Script:
     yield {"tool": "set_status", "input": {"text": "writing a hello into the shared folder"}}
     yield {"thinking": "First something real, then the question."}
     write = f'cd "$HYPERHIVE_SHARED" && echo "Hello from {me}, $(date -u +%F)." > hello-from-{me}.txt && ls -l'
@@ -2907,7 +2909,7 @@ def worker_starts(me: str, mail: Heard) -> Script:
     yield {"tool": "set_status", "input": {"text": "waiting for an answer"}}
 
 
-def worker_reports(me: str, mail: Heard) -> Script:
+def worker_reports(mail: Heard) -> Script:
     if mail.data.get("outcome") != "answered":
         yield {"text": f"My question was {mail.data.get('outcome', 'closed')}. I wait for new mail."}
         return

@@ -138,3 +138,15 @@ def test_sigterm_in_a_turn_leaves_no_process(harness: Harness) -> None:
     assert harness.stop() == 0
     assert not processes_of(harness.folder)
     assert harness.host.mail[message]["state"] == "queued" and harness.host.mail[message]["blamed"] == 0
+
+
+def test_signing_in_shows_an_address_and_can_be_cancelled(harness: Harness) -> None:
+    host = harness.host
+    host.control("login_begin")
+    state = host.wait(
+        lambda: (last := host.states[-1:]) and "url" in last[0].get("login", {}) and last[0], "the address"
+    )
+    assert state["login"]["url"].startswith("https://") and state["login"]["phase"] == "code_wanted"
+    host.control("login_cancel")
+    host.wait(lambda: host.states[-1]["login"]["phase"] == "failed", "the end")
+    assert host.states[-1]["state"] == "idle"
