@@ -92,6 +92,18 @@ def hive(folder: Path) -> Iterator[Hive]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Hive]:
+    """One hive for a whole module: manager, alice and bob are deployed but stopped, so that tests can be them.
+
+    A test here looks only at what it made itself. Nobody is too fast for this hive.
+    """
+    with tempfile.TemporaryDirectory(prefix="hh-", dir="/tmp") as place:
+        limits = {"messages_per_minute": 0, "ping_pong": 0, "questions": 1000, "pending_approvals": 1000}
+        with Hive(Path(place), limits=limits) as running:
+            yield running.spawn("manager", "alice", "bob")
+
+
 def left_behind(
     place: Path, places: list[Path], threads: set[threading.Thread], children: set[psutil.Process]
 ) -> dict[str, Callable[[], object]]:

@@ -119,7 +119,8 @@ class Line:
         return answer
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(BrokenPipeError):  # what was not sent yet, to a daemon that has hung up
+            self.file.close()
         self.socket.close()
 
     def __enter__(self) -> Self:
@@ -258,6 +259,19 @@ class Hive:
         """One request on host.sock: `hive.ask(cmd="pending")`."""
         with Line(self.run / "host.sock") as line:
             return line.ask(**request)
+
+    def spawn(self, *names: str, running: bool = False) -> Self:
+        """Deploy these agents; unless `running`, stop them then: a test can speak at their sockets in their place."""
+        deploys = [self.ask(cmd="spawn", name=name)["deploy"] for name in names]
+        wait_for(lambda: all(self.phase(deploy) == "deployed" for deploy in deploys), f"the deploys of {names}")
+        if not running:
+            wait_for(lambda: self.ask(cmd="stop", scope={"agent_names": names})["ok"], f"the end of {names}")
+        return self
+
+    def phase(self, deploy: int) -> str:
+        phase: str = self.ask(cmd="deploys", id=deploy)["deploys"][0]["phase"]
+        assert phase != "failed", self.ask(cmd="deploys", id=deploy)
+        return phase
 
     def agent(self, name: str) -> Line:
         """A connection to an agent's socket, as that agent."""
