@@ -1791,7 +1791,14 @@ BUNDLE_MARKS: Final = (b"# v2 git bundle\n", b"# v3 git bundle\n")
 FORBIDDEN_FILES: Final = frozenset({"flake.nix", "flake.lock"})
 
 
-def git(*arguments: str, cwd: Path, stdin: bytes | None = None, accept: Iterable[int] = (0,)) -> bytes:
+def git(
+    *arguments: str,
+    cwd: Path,
+    stdin: bytes | None = None,
+    accept: Iterable[int] = (0,),
+    index: Path | None = None,
+    author: str = "hyperhive",
+) -> bytes:
     """Git without the machine's or anybody's configuration, hooks, helpers or prompts."""
     program = os.environ.get("HYPERHIVE_GIT") or shutil.which("git")
     if not program:
@@ -1814,12 +1821,24 @@ def git(*arguments: str, cwd: Path, stdin: bytes | None = None, accept: Iterable
         "GIT_CONFIG_GLOBAL": "/dev/null",
         "GIT_ATTR_NOSYSTEM": "1",
         "GIT_TERMINAL_PROMPT": "0",
-        "GIT_AUTHOR_NAME": "hyperhive",
-        "GIT_AUTHOR_EMAIL": "hyperhive@localhost",
+        "GIT_AUTHOR_NAME": author,
+        "GIT_AUTHOR_EMAIL": f"{author}@localhost",
         "GIT_COMMITTER_NAME": "hyperhive",
         "GIT_COMMITTER_EMAIL": "hyperhive@localhost",
+        **({"GIT_INDEX_FILE": str(index)} if index else {}),
     }
     return run(argv, env=env, cwd=cwd, stdin=stdin, accept=accept).stdout
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One file of a config set to a new text, on top of `parent` (None: the first commit)."""
+
+    parent: str | None
+    text: str
+    message: str
+    path: str = "agent.nix"
+    author: str = "hyperhive"
 
 
 class Repositories:
@@ -1848,16 +1867,25 @@ class Repositories:
         )
         return text.decode().strip() or None
 
-    def commit(self, name: str, agent_nix: str, message: str) -> str:
-        """A commit with `agent.nix` in place of the one on `main` (all other files stay); no ref moves."""
-        folder, parent = self._config.repository(name), self.head(name)
-        blob = git("hash-object", "-w", "--stdin", cwd=folder, stdin=agent_nix.encode()).decode().strip()
-        entries = git("ls-tree", "-z", parent, cwd=folder).split(b"\0") if parent else []
-        kept = [entry for entry in entries if entry and entry.partition(b"\t")[2] != b"agent.nix"]
-        listing = b"\0".join([*kept, f"100644 blob {blob}\tagent.nix".encode()])
-        tree = git("mktree", "-z", cwd=folder, stdin=listing).decode().strip()
-        parents = ("-p", parent) if parent else ()
-        return git("commit-tree", tree, *parents, "-F", "-", cwd=folder, stdin=message.encode()).decode().strip()
+    def commit(self, name: str, change: Change) -> str:
+        """A commit on top of `change.parent` with one file set to a text; no ref moves."""
+        folder, message = self._config.repository(name), f"{change.message}\n".encode()
+        blob = git("hash-object", "-w", "--stdin", cwd=folder, stdin=change.text.encode()).decode().strip()
+        with tempfile.TemporaryDirectory(dir=self._config.scratch_dir, prefix="index-") as scratch:
+            index = Path(scratch) / "index"
+            git("read-tree", change.parent or "--empty", cwd=folder, index=index)
+            git("update-index", "--add", "--cacheinfo", f"100644,{blob},{change.path}", cwd=folder, index=index)
+            tree = git("write-tree", cwd=folder, index=index).decode().strip()
+        parents = ("-p", change.parent) if change.parent else ()
+        commit = git("commit-tree", tree, *parents, "-F", "-", cwd=folder, stdin=message, author=change.author)
+        return commit.decode().strip()
+
+    def files(self, name: str, sha: str) -> dict[str, str]:
+        """The texts of a config, by path."""
+        folder = self._config.repository(name)
+        listing = git("ls-tree", "-r", "-z", "--name-only", "--full-tree", sha, cwd=folder)
+        paths = [raw.decode(errors="replace") for raw in listing.split(b"\0") if raw]
+        return {path: git("cat-file", "blob", f"{sha}:{path}", cwd=folder).decode(errors="replace") for path in paths}
 
     def accept_bundle(self, name: str, sha: str, bundle: bytes) -> None:
         """Check a proposed commit in quarantine and take it over, or refuse it with the reason."""
@@ -2160,6 +2188,39 @@ class Approvals:
         row = self._row(tx, approval)
         if tx.execute("UPDATE deploys SET not_before = NULL WHERE approval = ? AND not_before", approval).rowcount:
             self._tell(tx, row, Status.APPROVED, row["note"], None)
+
+    def pending(self, approval: int) -> sqlite3.Row:
+        row = self._store.row("SELECT * FROM approvals WHERE id = ?", approval)
+        if row is None:
+            raise Refused("not_found", f"there is no request {approval}", "`pending` lists those that wait")
+        self._must_be_pending(row)
+        return row
+
+    def revise(self, actor: Actor, approval: int, request: Request, digest: str | None) -> None:
+        """Put another content into a pending request: the operator's edit, or a diff against what runs now."""
+
+        def work(tx: Tx) -> None:
+            row = self._row(tx, approval)
+            self._must_be_pending(row)
+            Decision(digest=digest).check(row)
+            proposed = row["proposed_sha"]
+            if request.sha != row["fetched_sha"]:
+                proposed = proposed or row["fetched_sha"]
+            tx.execute(
+                "UPDATE approvals SET detail = ?, fingerprint = ?, diff = ?, base_sha = ?, proposed_sha = ?,"
+                " fetched_sha = ? WHERE id = ?",
+                json.dumps(request.detail),
+                request.fingerprint,
+                request.diff,
+                request.base_sha,
+                proposed,
+                request.sha,
+                approval,
+            )
+            tx.audit(actor, "revise", f"approval {approval}", request.sha or "ok")
+            tx.changed("approval", approval)
+
+        self._store.write(work)
 
     def deny(self, actor: Actor, approval: int, note: str | None = None) -> None:
         def work(tx: Tx) -> None:
@@ -2887,6 +2948,7 @@ class Deploys:
             self._repositories.mark_deployed(name, sha, row["id"])
             self._store.write(lambda tx: self._succeed(tx, row, sha))
             self._agents.look()
+            self._compare_again(name, sha)
 
     def _build(self, row: sqlite3.Row) -> str:
         """Make everything that the container needs; returns the sha that it will run."""
@@ -2900,17 +2962,19 @@ class Deploys:
         return str(sha)
 
     def _first_commit(self, row: sqlite3.Row) -> str:
-        """Of a spawn: the proposed config, else the one that was kept, else the template."""
-        proposed = None
-        if row["approval"] is not None:
-            detail = self._store.row("SELECT detail FROM approvals WHERE id = ?", row["approval"])
-            proposed = json.loads(detail["detail"]).get("config") if detail else None
-        kept = self._repositories.head(row["agent"])
-        if proposed is None and kept is not None:
-            return kept
-        return self._repositories.commit(
-            row["agent"], proposed or AGENT_TEMPLATE, f"The first config of {row['agent']}\n"
-        )
+        """Of a spawn: the proposed config with the operator's edit on top, else what was kept, else the template."""
+        name, head = row["agent"], self._repositories.head(row["agent"])
+        approval = self._store.row("SELECT detail FROM approvals WHERE id = ?", row["approval"])
+        detail = json.loads(approval["detail"]) if approval else {}
+        text, edited = detail.get("config"), "proposed" in detail
+        if text is None and head is not None:
+            return head
+        first = (detail["proposed"] if edited else text) or AGENT_TEMPLATE
+        head = self._repositories.commit(name, Change(head, first, f"The first config of {name}"))
+        if edited:
+            message = "Edited by the operator before the first deploy"
+            head = self._repositories.commit(name, Change(head, text, message, author=OPERATOR))
+        return head
 
     def _switch(self, row: sqlite3.Row) -> None:
         name = row["agent"]
@@ -2926,6 +2990,15 @@ class Deploys:
                 raise Refused("internal", f"{name} did not say hello within {self._config.hello_s:g} s", tail)
             time.sleep(0.05)
         self._say(row, "the harness said hello")
+
+    def _compare_again(self, name: str, sha: str) -> None:
+        """What still waits for this agent is now a change to something else than was shown: show that."""
+        waiting = "SELECT * FROM approvals WHERE agent = ? AND kind = 'apply_commit' AND status = 'pending'"
+        for row in self._store.rows(waiting, name):
+            diff = self._repositories.diff(name, sha, row["fetched_sha"])
+            request = Request(Kind.APPLY, name, sha=row["fetched_sha"], base_sha=sha, diff=diff)
+            with contextlib.suppress(Refused):  # decided meanwhile
+                self._approvals.revise(SYSTEM_ACTOR, row["id"], request, None)
 
     def _succeed(self, tx: Tx, row: sqlite3.Row, sha: str) -> None:
         name = row["agent"]
@@ -3995,15 +4068,18 @@ class Requests:
         self._s = services
 
     def spawn(self, actor: Actor, name: str, description: str | None, config: str | None) -> int:
-        kept = self._s.repositories.head(name)
-        if config is not None and kept is not None:
-            sha = self._s.repositories.commit(name, config, f"Proposed for {name}\n")
-            diff = self._s.repositories.diff(name, kept, sha)
+        return self._s.approvals.request(actor, self._spawn_request(name, description, without_none(config=config)))
+
+    def _spawn_request(self, name: str, description: str | None, detail: Json) -> Request:
+        kept, config = self._s.repositories.head(name), detail.get("config")
+        if kept is None:
+            diff = first_diff(config or AGENT_TEMPLATE)
+        elif config is None:
+            diff = ""
         else:
-            diff = "" if kept is not None else first_diff(config or AGENT_TEMPLATE)
-        detail = without_none(config=config)
-        request = Request(Kind.SPAWN, name, description, detail, base_sha=kept, diff=diff)
-        return self._s.approvals.request(actor, request)
+            sha = self._s.repositories.commit(name, Change(kept, config, f"Proposed for {name}"))
+            diff = self._s.repositories.diff(name, kept, sha)
+        return Request(Kind.SPAWN, name, description, detail, base_sha=kept, diff=diff)
 
     def apply(self, actor: Actor, name: str, sha: str, description: str, bundle: str) -> int:
         deployed = self._s.agents.living(name)["deployed_sha"]
@@ -4019,6 +4095,40 @@ class Requests:
         approval = self._s.approvals.request(actor, request)
         self._s.repositories.keep_proposal(name, approval, sha)
         return approval
+
+    def files(self, approval: int) -> dict[str, str]:
+        """The texts that a request would deploy, by path."""
+        row = self._s.approvals.pending(approval)
+        if row["fetched_sha"]:
+            return self._s.repositories.files(row["agent"], row["fetched_sha"])
+        if row["kind"] != Kind.SPAWN:
+            raise Refused("unsupported", f"request {approval} has no config")
+        config = json.loads(row["detail"]).get("config")
+        if config is None and row["base_sha"]:
+            return self._s.repositories.files(row["agent"], row["base_sha"])
+        return {"agent.nix": config or AGENT_TEMPLATE}
+
+    def edit(self, actor: Actor, approval: int, path: str, text: str, digest: str) -> None:
+        """The operator betters a proposal before deciding: a commit of theirs on top; both stay on record."""
+        row, limit = self._s.approvals.pending(approval), self._s.config.limits.config_file_bytes
+        if path not in self.files(approval):
+            raise Refused("not_found", f"the config has no file {path[:80]!r}")
+        if len(text.encode()) > limit:
+            raise Refused("too_large", f"a file of a config may have at most {limit} bytes")
+        name = row["agent"]
+        if row["kind"] == Kind.SPAWN:
+            if path != "agent.nix":
+                raise Refused("unsupported", "of an agent that is spawned, agent.nix can be edited here")
+            detail = json.loads(row["detail"])
+            detail = {"proposed": detail.get("config", "")} | detail | {"config": text}
+            request = self._spawn_request(name, row["description"], detail)
+        else:
+            message = f"Edited by the operator before deciding on request {approval}"
+            sha = self._s.repositories.commit(name, Change(row["fetched_sha"], text, message, path, OPERATOR))
+            diff = self._s.repositories.diff(name, row["base_sha"], sha)
+            request = Request(Kind.APPLY, name, row["description"], sha=sha, base_sha=row["base_sha"], diff=diff)
+            self._s.repositories.keep_proposal(name, approval, sha)
+        self._s.approvals.revise(actor, approval, request, digest)
 
     def schedule(self, actor: Actor, fields: Fields, description: str | None) -> Request:
         body = fields.text("body", max_bytes=self._s.config.limits.body_bytes)
@@ -4889,6 +4999,7 @@ class Routes:
             "/api/agents/<name>/events": self.events,
             "/api/approvals": self.approvals,
             "/api/approvals/<number:int>": self.approval,
+            "/api/approvals/<number:int>/files": lambda number: {"files": self._requests.files(number)},
             "/api/messages": self.messages,
             "/api/questions": self.questions,
             "/api/deploys": self.deploys,
@@ -4902,6 +5013,7 @@ class Routes:
         acting: dict[str, Callable[..., Any]] = {
             "/api/approvals/<number:int>/approve": self.approve,
             "/api/approvals/<number:int>/undo": self.undo,
+            "/api/approvals/<number:int>/edit": self.edit,
             "/api/approvals/<number:int>/deny": self.deny,
             "/api/agents": self.spawn,
             "/api/agents/<name>/<action>": self.act,
@@ -5044,6 +5156,14 @@ class Routes:
         self._s.approvals.fail_orphans()
         self._s.approvals.approve(self._actor, number, Decision(note or None, sha, digest, undo_s))
         return {"approval": self._s.views.approval(number)}
+
+    def edit(self, number: int) -> Json:
+        f = self._body()
+        path, digest = f.text("path"), f.text("digest")
+        text = f.text("text", max_bytes=self._s.config.limits.config_file_bytes)
+        f.done()
+        self._requests.edit(self._actor, number, path, text, digest)
+        return {"approval": self._s.views.approval(number, diff=True)}
 
     def undo(self, number: int) -> Json:
         self._body().done()

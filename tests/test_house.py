@@ -194,7 +194,7 @@ def test_list_needs_no_package(folder: Path) -> None:
 
 def test_every_verb_has_help_and_stands_in_the_readme() -> None:
     readme = source("README.md")
-    assert {"serve", "demo", "list", "approve", "doctor", "attach"} <= verbs().keys()
+    assert {"serve", "demo", "list", "approve", "doctor"} <= verbs().keys()
     refuse([f"{verb} has no help" for verb, text in verbs().items() if not text])
     refuse([f"{verb} is not in README.md" for verb in verbs() if not re.search(rf"\b{verb}\b", readme)])
     for verb in verbs():
