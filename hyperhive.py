@@ -2966,12 +2966,12 @@ class Deploys:
         name, head = row["agent"], self._repositories.head(row["agent"])
         approval = self._store.row("SELECT detail FROM approvals WHERE id = ?", row["approval"])
         detail = json.loads(approval["detail"]) if approval else {}
-        text, edited = detail.get("config"), "proposed" in detail
-        if text is None and head is not None:
+        if "config" not in detail and head is not None:
             return head
-        first = (detail["proposed"] if edited else text) or AGENT_TEMPLATE
-        head = self._repositories.commit(name, Change(head, first, f"The first config of {name}"))
-        if edited:
+        text = detail.get("config", AGENT_TEMPLATE)
+        original = detail.get("proposed", text) or AGENT_TEMPLATE
+        head = self._repositories.commit(name, Change(head, original, f"The first config of {name}"))
+        if text != original:
             message = "Edited by the operator before the first deploy"
             head = self._repositories.commit(name, Change(head, text, message, author=OPERATOR))
         return head
