@@ -1134,13 +1134,11 @@ class Store:
         tx.execute("RELEASE job")
 
     def _afterwards(self, tx: Tx) -> None:
-        for action in tx.after:
+        for action in (*tx.after, lambda: self.on_changes(tx.changes)):
             try:
                 action()
-            except Exception:
+            except Exception:  # whoever waits for this commit must be answered
                 log.exception("after a commit")
-        if tx.changes:
-            self.on_changes(tx.changes)
 
 
 def _unwritable(error: Exception) -> Refused:
@@ -2722,8 +2720,6 @@ class Agents:
         row = self._store.row("SELECT kept FROM agents WHERE name = ?", name)
         if row is None or (row["kept"] and not purge):
             raise Refused("unknown_agent", f"there is no agent {name!r}", "`list` shows who is there")
-        if name in self.busy:
-            raise Refused("conflict", f"{name} is being deployed", "try again when that is over")
         with self._locks[name]:
             self._store.write(lambda tx: self._retire(tx, actor, name, purge=purge))
             self.containers.destroy(name)
@@ -2734,6 +2730,8 @@ class Agents:
         self.look()
 
     def _retire(self, tx: Tx, actor: Actor, name: str, *, purge: bool) -> None:
+        if tx.one("SELECT 1 FROM deploys WHERE agent = ? AND phase IN ('queued', 'building', 'switching')", name):
+            raise Refused("conflict", f"{name} is being deployed", "try again when that is over")
         tx.execute(
             "UPDATE agents SET kept = 1, wanted = 0, failed = NULL, state = 'offline', state_since = ?,"
             " status_text = NULL, status_set_at = NULL, state_reason = NULL WHERE name = ?",
@@ -2882,9 +2880,11 @@ class Deploys:
         """Deploy the commit that was deployed before the present one."""
         row = self._agents.living(name)
         before = self._store.row(
-            "SELECT sha FROM deploys WHERE agent = ? AND phase = 'deployed' AND sha != ? ORDER BY id DESC",
+            "SELECT sha FROM deploys WHERE agent = ? AND phase = 'deployed' AND sha != ? AND requested_at >= ?"
+            " ORDER BY id DESC",
             name,
             row["deployed_sha"],
+            row["created_at"],  # a namesake that was purged had other commits
         )
         if before is None:
             raise Refused("not_found", f"{name} has no earlier config to go back to")
@@ -3570,13 +3570,18 @@ class Hub:
         self._wake()
 
     def close(self) -> None:
-        self._closed = True
-        self._wake()
+        with self._lock, contextlib.suppress(BlockingIOError):
+            self._closed = True
+            os.write(self._wake_w, b"!")
         self._thread.join(5)
+        self._selector.close()
+        os.close(self._wake_r)
+        os.close(self._wake_w)
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_w, b"!")
+        with self._lock, contextlib.suppress(BlockingIOError):
+            if not self._closed:  # the last connections are still ending then
+                os.write(self._wake_w, b"!")
 
     # -- the thread
 
@@ -3595,9 +3600,6 @@ class Hub:
                 self._each(lambda stream: b": still here\n\n" if stream.dialect == "sse" else b"")
         for stream in list(self._streams):
             self._drop(stream)
-        os.close(self._wake_r)
-        os.close(self._wake_w)
-        self._selector.close()
 
     def _ready(self, key: selectors.SelectorKey, mask: int) -> None:
         if key.fd == self._wake_r:
