@@ -4999,6 +4999,7 @@ class Routes:
             "/api/agents": lambda: {"agents": self._s.views.agents(kept=True)},
             "/api/agents/<name>": self.agent,
             "/api/agents/<name>/events": self.events,
+            "/api/agents/<name>/diff": self.diff,
             "/api/approvals": self.approvals,
             "/api/approvals/<number:int>": self.approval,
             "/api/approvals/<number:int>/files": lambda number: {"files": self._requests.files(number)},
@@ -5094,6 +5095,16 @@ class Routes:
                     )
                 )
         return {"events": found}
+
+    def diff(self, name: str) -> Json:
+        """What changed between two commits that were deployed."""
+        check_name(name)
+        shas = [check_sha(self._request.query.get(key, "")) for key in ("from", "to")]
+        for sha in shas:
+            if self._s.store.row("SELECT 1 FROM deploys WHERE agent = ? AND sha = ?", name, sha) is None:
+                raise Refused("not_found", f"{name} never had the config {sha[:12]}")
+        diff = self._s.repositories.diff(name, *shas)
+        return {"diff": diff, "files": diff_files(diff)}
 
     def approvals(self) -> Json:
         self._s.approvals.fail_orphans()
