@@ -41,6 +41,7 @@ import functools
 import hmac
 import http.server
 import json
+import math
 import os
 import queue
 import re
@@ -772,6 +773,14 @@ class Retrying:
 
 
 @dataclass(frozen=True)
+class Background:
+    """A task that Claude runs beside its turns has begun or ended; when it ends Claude starts a turn by itself."""
+
+    task: str
+    running: bool
+
+
+@dataclass(frozen=True)
 class Limited:
     resets_at: float
 
@@ -818,6 +827,7 @@ StreamEvent = (
     | ToolAnswered
     | Spoke
     | Retrying
+    | Background
     | Limited
     | Compacted
     | Streaming
@@ -836,6 +846,12 @@ def translate(line: Fields) -> Iterator[StreamEvent]:
         case ("system", "compact_boundary"):
             sizes = line.object("compact_metadata")
             yield Compacted(given(**{key: sizes.maybe(key, int) for key in ("pre_tokens", "post_tokens")}))
+        case ("system", "task_started"):
+            yield Background(line.text("task_id"), running=True)
+        case ("system", "task_updated"):
+            status = line.object("patch").maybe("status", str)
+            if status not in (None, "pending", "running"):
+                yield Background(line.text("task_id"), running=False)
         case ("system", "api_retry"):
             yield Retrying(int(line.number("attempt", 0)), line.maybe("error", str) or "unknown")
         case ("assistant", _) if parent is None and (error := line.maybe("error", str)):
@@ -942,6 +958,7 @@ class ClaudeProcess:
         self.launch, self._inbox = launch, inbox
         self.began = False  # whether it has said `init`: a lost session never does
         self.cost_usd = 0.0  # what it has counted so far
+        self.tasks: set[str] = set()  # that run in the background
         self._garbage: str | None = None
         self._complaint = ""
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -1690,10 +1707,14 @@ class Agent:
         if self._turn:
             moments.append(self._turn.next_look(self._stall_s))
         elif self._process:
-            moments.append(self._idle_since + (self.hello.warm_s if self.hello else 120))
+            moments.append(self._cold_at(self._process))
         if self._park and self._park.until:
             moments.append(time.monotonic() + self._park.until - time.time())
         return max(0.0, min(moments) - time.monotonic())
+
+    def _cold_at(self, process: ClaudeProcess) -> float:
+        """When an idle process is ended; one with a task in the background is not idle."""
+        return math.inf if process.tasks else self._idle_since + (self.hello.warm_s if self.hello else 120)
 
     @property
     def _stall_s(self) -> float:
@@ -1703,7 +1724,7 @@ class Agent:
         now = time.monotonic()
         if self._turn:
             self._watch(self._turn, now)
-        elif self._process and self.hello and now >= self._idle_since + self.hello.warm_s:
+        elif self._process and now >= self._cold_at(self._process):
             self._end_process()
         if self._park and self._park.until and time.time() >= self._park.until:
             self._park = None
@@ -1893,6 +1914,9 @@ class Agent:
             case Asked(request_id, request):
                 work = functools.partial(self._answer_tool, process, request_id, request)
                 threading.Thread(target=work, name="tool", daemon=True).start()
+            case Background(task, running):
+                (process.tasks.add if running else process.tasks.discard)(task)
+                self._idle_since = time.monotonic()  # its end is about to start a turn
             case Limited(resets_at):
                 self._resets_at = resets_at
             case Compacted(sizes):

@@ -132,6 +132,17 @@ def test_compacting_and_a_new_session(harness: Harness) -> None:
     assert not host.of("turn_end", outcome="failed")
 
 
+def test_a_task_in_the_background_keeps_the_process_and_starts_a_turn(folder: Path, api: Api) -> None:
+    with Harness(folder, claude=str(CLAUDE), warm_s=0.5) as harness:
+        background = {"command": "sleep 2; echo finished", "run_in_background": True}
+        steps = ({"tools": [{"name": "Bash", "input": background}]}, {"text": "It runs."}, {"text": "It has ended."})
+        harness.host.wait_acked(harness.host.put(script(*steps)))
+        harness.host.wait_text("It has ended.")
+        assert [start["messages"] == [] for start in harness.host.of("turn_start")] == [False, True]
+        pid = harness.claude_pid()
+        wait_for(lambda: not psutil.pid_exists(pid), "the idle process to end")
+
+
 def test_sigterm_in_a_turn_leaves_no_process(harness: Harness) -> None:
     message = harness.host.put(script(shell("sleep 300"), {"text": "Never."}))
     wait_for(lambda: [one for one in processes_of(harness.folder) if one.name() == "sleep"], "the tool")
