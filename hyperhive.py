@@ -3539,7 +3539,7 @@ class Hub:
         self._streams: set[Stream] = set()
         self._worries: list[Json] = []
         self._statuses: dict[str, Json] = {}
-        self._closed = False
+        self._closed = self._void = False
         self._selector = selectors.DefaultSelector()
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(self._wake_r, selectors.EVENT_READ)
@@ -3569,6 +3569,11 @@ class Hub:
             self._arrivals.append(stream)
         self._wake()
 
+    def end_streams(self) -> None:
+        """Hang up on every browser: the token that opened its stream is void."""
+        self._void = True
+        self._wake()
+
     def close(self) -> None:
         with self._lock, contextlib.suppress(BlockingIOError):
             self._closed = True
@@ -3590,6 +3595,10 @@ class Hub:
         while not self._closed:
             for key, mask in self._selector.select(max(0.0, beat - time.monotonic())):
                 self._ready(key, mask)
+            if self._void:
+                self._void = False
+                for stream in [stream for stream in self._streams if stream.dialect == "sse"]:
+                    self._drop(stream)
             try:
                 self._publish()
                 self._welcome()
@@ -4355,7 +4364,9 @@ class AgentConnection(Connection):
         return {}
 
     def _take_report(self, tx: Tx, events: list[Json], usage: Json | None, state: Json | None) -> None:
-        stored = [event for event in events if event["id"]]  # id 0: text still being written, shown and forgotten
+        # Shown and forgotten: text still being written (id 0), and older events that a page asked for.
+        known = tx.value("SELECT coalesce(max(id), 0) FROM events WHERE agent = ?", self.name)
+        stored = [event for event in events if event["id"] > known]
         for event in stored:
             tx.execute(
                 "INSERT OR IGNORE INTO events (agent, id, at, turn, kind, data) VALUES (?, ?, ?, ?, ?, ?)",
@@ -4756,6 +4767,7 @@ class HostConnection(Connection):
     def operator_token(self, f: Fields) -> Json:
         if f.flag("rotate"):
             self._s.token.rotate()
+            self._s.hub.end_streams()
             self._s.store.write(lambda tx: tx.audit(self._actor, "rotate_token", "dashboard"))
         return {"token": self._s.token.value}
 
@@ -4924,7 +4936,7 @@ class Guard:
         self._gate.check_host(host)
         if not request.route.config.get("open", False):
             self._gate.check_token(request.get_header("Authorization", ""), request.remote_addr or "")
-        if request.method != "GET":
+        if request.method not in ("GET", "HEAD"):
             self._gate.check_origin(request.get_header("Origin", ""), host)
             if (request.content_type or "").partition(";")[0].strip().lower() != "application/json":
                 raise Refused("bad_type", "the body must be JSON", "send Content-Type: application/json")
@@ -4968,6 +4980,7 @@ def make_app(services: Services) -> Any:
     bottle.BaseRequest.MEMFILE_MAX = BODY_MAX
     app = bottle.Bottle()
     app.config["json.enable"] = False
+    app.router.add_filter("int", lambda _: (r"\d{1,15}", int, None))  # a longer number is no id of ours
     guard = Guard(Gate(services.config, services.token), bottle.request, bottle.response)
     app.install(guard)
     app.add_hook("after_request", guard.add_headers)
@@ -5042,7 +5055,7 @@ class Routes:
         text = self._request.query.get(key, "")
         if not text:
             return default
-        if not text.isdecimal() or not 1 <= int(text) <= most:
+        if not text.isdecimal() or len(text) > 16 or not 1 <= int(text) <= most:
             raise Refused("bad_request", f"{key}={text[:40]!r} must be a whole number from 1 to {most}")
         return int(text)
 
@@ -5331,11 +5344,26 @@ def metrics_text(services: Services) -> str:
     return "\n".join(lines) + "\n"
 
 
+def refuse_early(task: Any) -> None:
+    """What waitress refuses before the application sees it (headers or a body too large, no HTTP), in our shape."""
+    error = task.request.error
+    code = "too_large" if error.code in (413, 431) else "bad_request"
+    body = json.dumps(Refused(code, f"{error.reason}: {error.body}").as_json()).encode()
+    headers = {**SECURITY_HEADERS, "Content-Type": "application/json", "Cache-Control": "no-store"}
+    task.status = f"{error.code} {error.reason}"
+    task.response_headers.extend(headers.items())
+    task.set_close_on_finish()
+    task.content_length = len(body)
+    task.write(body)
+
+
 class Dashboard:
     """The application on waitress, in a thread of its own."""
 
     def __init__(self, services: Services, listener: socket.socket) -> None:
         import waitress
+        from waitress.channel import HTTPChannel
+        from waitress.task import ErrorTask
 
         self._server: Any = waitress.create_server(
             make_app(services),
@@ -5350,6 +5378,8 @@ class Dashboard:
             max_request_body_size=BODY_MAX,
             ident="",
         )
+        errors = type("Errors", (ErrorTask,), {"execute": refuse_early})
+        self._server.channel_class = type("Channel", (HTTPChannel,), {"error_task_class": errors})
         logging.getLogger("waitress").setLevel(logging.WARNING)  # it reports each stream handed over as a disconnect
         self._thread = threading.Thread(target=self._server.run, name="dashboard", daemon=True)
         self._thread.start()
