@@ -1134,7 +1134,8 @@ class Store:
         tx.execute("RELEASE job")
 
     def _afterwards(self, tx: Tx) -> None:
-        for action in (*tx.after, lambda: self.on_changes(tx.changes)):
+        actions: list[Callable[[], object]] = [*tx.after, functools.partial(self.on_changes, tx.changes)]
+        for action in actions:
             try:
                 action()
             except Exception:  # whoever waits for this commit must be answered
