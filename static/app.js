@@ -7,7 +7,7 @@ import { begin, post, Stream, take_token_from_address } from "./api.js";
 import { changed, connected, draw_with, is_running_phase, state, take } from "./store.js";
 import { banner, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
 import { approval_card, detail, forget_details, press } from "./approval.js";
-import { call_keys, call_view, load_past, past_view } from "./call.js";
+import { call_keys, call_view, load_past, past_view, waiting } from "./call.js";
 import { agents_brief, agents_view, load_kept } from "./agents.js";
 import { agent_view, agent_view_side, load_agent, show_agent } from "./agent.js";
 import { flow_brief, flow_view, mark_read, unread_count } from "./flow.js";
@@ -56,7 +56,7 @@ function one_approval(id) {
 // ── Around the view ──────────────────────────────────────────────────────────────────────────────
 
 const TABS = [
-  ["call", "Your call", () => state.attention.length],
+  ["call", "Your call", () => waiting().length],
   ["agents", "Agents", () => 0],
   ["flow", "Flow", unread_count],
   ["deploys", "Deploys", () => state.deploys.filter((deploy) => is_running_phase(deploy.phase)).length],
@@ -84,7 +84,7 @@ function top(lit) {
     h("div", { class: "top-inner" },
       h("a", { class: "brand", href: "#/call" }, logo(), h("h1", null, "hyperhive")),
       h("nav", { "aria-label": "Views" }, TABS.map((one) => tab(one, lit))),
-      h("p", { class: "live dim" }, live_dot(), state.live ? "live" : "disconnected", ` · ${plural(state.agents.length, "agent")} · ${dollars(state.usage.today_usd)} today`, state.hive.rehearsal && h("span", { class: "badge", title: REHEARSAL }, "rehearsal")),
+      h("p", { class: "live dim" }, live_dot(), state.live ? "live" : "disconnected", h("span", { class: "more" }, ` · ${plural(state.agents.length, "agent")} · ${dollars(state.usage.today_usd)} today`), state.hive.rehearsal && h("span", { class: "badge", title: REHEARSAL }, "rehearsal")),
       h("div", { class: "roomy" }, pause_all())));
 }
 
@@ -104,8 +104,8 @@ function draw() {
     return render(document.body, token_view(refused, "`hyperhive.py url` on the machine of the hive prints the link with it.", start));
   }
   const { route, parts } = where();
-  const waiting = state.attention.length;
-  document.title = `${waiting ? `(${waiting}) ` : ""}hyperhive`;
+  const count = waiting().length;
+  document.title = `${count ? `(${count}) ` : ""}hyperhive`;
   draw_following(() => render(document.body, top(route.tab), banner(), page(route, parts)), route.follows);
   if (route.tab === "flow") mark_read();
 }

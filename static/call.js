@@ -8,6 +8,13 @@ import { get, post } from "./api.js";
 import { approval_card, kind_words, press, request_words } from "./approval.js";
 import { signin } from "./agent.js";
 
+/** What the hive says needs the operator, and sign-ins under way: they wait for a code. */
+export function waiting() {
+  const known = new Set(state.attention.map((row) => row.key));
+  const signing_in = state.agents.filter((agent) => agent.state === "signing_in" && !known.has(`needs_login-${agent.name}`));
+  return [...state.attention, ...signing_in.map(({ name, state_since }) => ({ key: `needs_login-${name}`, kind: "needs_login", agent: name, text: "", since: state_since }))];
+}
+
 // ── The keyboard ─────────────────────────────────────────────────────────────────────────────────
 // Keys act on the marked card. When that card goes, the mark moves on, but keys rest for a moment: a second
 // press meant for the first request must not decide the next.
@@ -29,7 +36,7 @@ function choose(key) {
 }
 
 export function call_keys(event) {
-  const rows = state.attention;
+  const rows = waiting();
   const index = rows.findIndex((row) => row.key === marked);
   if (event.key === "j" || event.key === "k") return step(rows, index + (event.key === "j" ? 1 : -1));
   const row = rows[index];
@@ -105,7 +112,7 @@ export function question_card(question, { keys = false, ...props } = {}) {
 // ── Everything else that needs a person ──────────────────────────────────────────────────────────
 
 const NOTICES = {
-  needs_login: { label: "Sign-in", tone: "bad", title: (row) => `${row.agent} is signed out` },
+  needs_login: { label: "Sign-in", tone: "bad", title: (row) => (agent_named(row.agent)?.state === "signing_in" ? `${row.agent} signs in` : `${row.agent} is signed out`) },
   failed: { label: "Failed", tone: "bad", title: (row) => `${row.agent} failed` },
   rate_limited: { label: "Limit", tone: "warn", title: (row) => `${row.agent} is at its limit` },
   paused: { label: "Paused", tone: "warn", title: (row) => (row.agent ? `${row.agent} was paused` : "agents were paused") },
@@ -167,7 +174,7 @@ function card(row) {
 const oldest = (rows) => rows.map((row) => row.since).sort()[0];
 
 export function call_view() {
-  const rows = state.attention;
+  const rows = waiting();
   mark_card(rows);
   const under_way = state.approvals.filter((row) => is_running_phase(row.phase));
   return [

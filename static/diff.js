@@ -1,6 +1,6 @@
 // A unified diff as git writes it, told apart into files and drawn in colour, each file foldable.
 
-import { h } from "./dom.js";
+import { exact, h } from "./dom.js";
 import { fold } from "./parts.js";
 
 const LINES_OPEN = 400; // a longer file starts folded
@@ -10,7 +10,7 @@ export function parse_diff(text) {
   const files = [];
   let file = null;
   let in_hunk = false;
-  for (const line of text.split("\n")) {
+  for (const line of exact(text).split("\n")) {
     if (line.startsWith("diff --git ")) {
       file = { path: path_of_header(line), lines: [], added: 0, removed: 0, note: "" };
       files.push(file);
@@ -61,8 +61,8 @@ export const counts = ({ added, removed }) => [h("b", { class: "plus" }, `+${add
 
 /** What an edit tool did, as lines: the common start and end of both texts stay plain. */
 export function edit_lines(before, after) {
-  const old_lines = before === "" ? [] : before.split("\n");
-  const new_lines = after === "" ? [] : after.split("\n");
+  const old_lines = before === "" ? [] : exact(before).split("\n");
+  const new_lines = after === "" ? [] : exact(after).split("\n");
   let start = 0;
   while (start < old_lines.length && start < new_lines.length && old_lines[start] === new_lines[start]) start += 1;
   let end = 0;

@@ -8,7 +8,8 @@ const SVG = "http://www.w3.org/2000/svg";
 
 // ── Safe text ────────────────────────────────────────────────────────────────────────────────────
 
-const ANSI = /\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|[ -/]*[0-~])/g;
+// Whole sequences only: one that never ends would take with it what follows.
+const ANSI = /\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)|[PX^_][^\x1b\n]*\x1b\\|[ -/]*[0-OQ-WYZ\\`-~])/g;
 const UNSEEN = /[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]/gu;
 
 function name_of(char) {
@@ -21,6 +22,9 @@ function name_of(char) {
 export function visible(text) {
   return String(text).replace(ANSI, "").replaceAll("\r\n", "\n").replace(UNSEEN, name_of);
 }
+
+/** For what is decided upon, a diff say: every character counts, so that no sequence can hide some. */
+export const exact = (text) => String(text).replaceAll("\x1b", "␛");
 
 // ── Descriptions ─────────────────────────────────────────────────────────────────────────────────
 

@@ -1,6 +1,6 @@
 // Words, figures and times as they are shown.
 
-import { h } from "./dom.js";
+import { h, visible } from "./dom.js";
 
 // ── Prose ────────────────────────────────────────────────────────────────────────────────────────
 // Just enough of Markdown to read what agents write: fenced blocks, `code`, **strong**, and addresses.
@@ -9,7 +9,7 @@ const FENCE = /^```[^\n]*\n([\s\S]*?)(?:\n```[ \t]*$|(?![\s\S]))/gm;
 const INLINE = /`([^`\n]+)`|\*\*([^*\n]+)\*\*|(https?:\/\/[^\s<>"'`]+[^\s<>"'`.,;:!?)\]}])/g;
 
 export function prose(text, props = {}) {
-  const source = String(text ?? "");
+  const source = visible(text ?? "");
   const blocks = [];
   let at = 0;
   for (const match of source.matchAll(FENCE)) {
@@ -25,10 +25,11 @@ function paragraphs(text) {
   return text.split(/\n{2,}/).map((part) => part.replace(/^\n+|\n+$/g, "")).filter(Boolean).map((part) => h("p", null, inline(part)));
 }
 
-export function inline(text) {
+export function inline(words) {
+  const text = visible(words); // before it is cut up: a sequence may span what looks like an address
   const out = [];
   let at = 0;
-  for (const match of String(text).matchAll(INLINE)) {
+  for (const match of text.matchAll(INLINE)) {
     out.push(text.slice(at, match.index));
     if (match[1]) out.push(h("code", null, match[1]));
     else if (match[2]) out.push(h("strong", null, match[2]));
@@ -41,7 +42,7 @@ export function inline(text) {
 
 /** The start of a text, on one line. */
 export function prose_preview(text, length = 140) {
-  const line = String(text ?? "").replace(/\s+/g, " ").trim();
+  const line = visible(text ?? "").replace(/\s+/g, " ").trim();
   return line.length > length ? `${line.slice(0, length)}…` : line;
 }
 

@@ -1,0 +1,556 @@
+"""The dashboard and an agent's own page in a real browser, against the real daemon and its harnesses.
+
+Every test also fails on an error in the browser's console, on a request that leaves the page's origin, and on
+anything that the content security policy had to stop.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from hive import Hive, Line, wait_for
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
+
+CHROMIUM = next((str(path) for path in map(Path, ("/usr/bin/chromium", "/usr/bin/chromium-browser")) if path.exists()), None)
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+CONFIG = "{ pkgs, ... }:\n{\n  environment.systemPackages = [ pkgs.ripgrep ];\n}\n"
+VIEWS = ("call", "approvals", "agents", "agents/manager", "flow", "deploys", "usage", "system", "more")
+
+expect.set_options(timeout=15_000)
+
+
+# ── a browser, and what it complains about ──
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield running
+        running.close()
+
+
+def origin_of(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+class Tab:
+    """A page with a note of everything that must not happen; `expected` are the complaints a test provokes."""
+
+    def __init__(self, browser: Browser, url: str, **options: Any) -> None:
+        self.origin, self.complaints, self.expected = origin_of(url), list[str](), list[str]()
+        self.context = browser.new_context(**{"viewport": {"width": 1380, "height": 900}, **options})
+        self.page: Page = self.context.new_page()
+        self.page.add_init_script(
+            "addEventListener('securitypolicyviolation', (event) => console.error('stopped by the policy: ' + event.blockedURI))"
+        )
+        self.page.on("console", self._console)
+        self.page.on("pageerror", lambda error: self.complaints.append(f"exception: {error}"))
+        self.page.on("request", self._request)
+        self.page.on("dialog", lambda dialog: (self.complaints.append("a dialog opened"), dialog.dismiss()))
+
+    def _console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(f"{message.type}: {message.text}")
+
+    def _request(self, request: Request) -> None:
+        if origin_of(request.url) != self.origin and not request.url.startswith(("data:", "blob:")):
+            self.complaints.append(f"a request to {request.url}")
+
+    def close(self) -> None:
+        self.context.close()
+        left = [text for text in self.complaints if not any(re.search(words, text) for words in self.expected)]
+        assert left == []
+
+    def go(self, view: str) -> None:
+        self.page.evaluate("view => { location.hash = `#/${view}`; }", view)
+
+
+@pytest.fixture
+def open_tab(browser: Browser) -> Iterator[Callable[..., Tab]]:
+    tabs: list[Tab] = []
+
+    def open_it(url: str, **options: Any) -> Tab:
+        tab = Tab(browser, url, **options)
+        tabs.append(tab)
+        tab.page.goto(url)
+        return tab
+
+    yield open_it
+    for tab in tabs:
+        tab.close()
+
+
+@pytest.fixture
+def tab(hive: Hive, open_tab: Callable[..., Tab]) -> Tab:
+    """The dashboard of a hive without agents, opened by its link."""
+    return open_tab(f"{hive.url}/#token={hive.token}")
+
+
+def spawn(hive: Hive, name: str) -> None:
+    answer = hive.api("POST", "/api/agents", {"name": name})
+    assert answer.status == 200, answer.body
+    wait_for(lambda: row_of(hive, name)["state"] == "idle", f"{name} to be idle")
+
+
+def row_of(hive: Hive, name: str) -> dict[str, Any]:
+    row: dict[str, Any] = hive.api("GET", f"/api/agents/{name}").body["agent"]
+    return row
+
+
+def rehearse(*steps: dict[str, Any]) -> str:
+    return f"rehearse: {json.dumps(steps)}"
+
+
+def card(tab: Tab, words: str) -> Locator:
+    return tab.page.locator("article.card").filter(has_text=words)
+
+
+def request_alice(manager: Line, description: str = "She writes reports.", name: str = "alice") -> int:
+    answer = manager.ask("request_spawn", name=name, description=description, config=CONFIG)
+    assert answer["ok"], answer
+    number: int = answer["id"]
+    return number
+
+
+# ── the token ──
+
+
+def test_the_token_comes_with_the_link_and_leaves_the_address_at_once(hive: Hive, tab: Tab) -> None:
+    expect(tab.page.get_by_text("the hive is empty")).to_be_visible()
+    assert tab.page.url == f"{hive.url}/"
+    assert tab.page.evaluate("history.length") <= 2
+    tab.page.reload()
+    expect(tab.page.get_by_text("the hive is empty")).to_be_visible()
+
+
+def test_without_a_token_there_is_one_field_that_says_when_it_is_wrong(
+    hive: Hive, open_tab: Callable[..., Tab]
+) -> None:
+    tab = open_tab(f"{hive.url}/")
+    tab.expected = ["401"]
+    field = tab.page.get_by_label("Paste the token")
+    field.fill("wrong")
+    field.press("Enter")
+    expect(tab.page.get_by_role("alert")).to_contain_text("not valid")
+    field.fill(hive.token)
+    tab.page.get_by_role("button", name="Open").click()
+    expect(tab.page.get_by_text("the hive is empty")).to_be_visible()
+
+
+def test_a_token_that_was_changed_asks_for_the_new_one(hive: Hive, tab: Tab) -> None:
+    tab.expected = ["401"]
+    expect(tab.page.get_by_text("the hive is empty")).to_be_visible()
+    assert hive.cli("token", "--rotate").returncode == 0
+    tab.go("usage")
+    tab.page.get_by_label("Paste the token").fill(f"{hive.url}/#token={hive.token}")
+    tab.page.keyboard.press("Enter")
+    expect(tab.page.get_by_text("No turn has been counted yet.")).to_be_visible()
+
+
+# ── requests ──
+
+
+def test_an_empty_hive_explains_itself_and_starts_the_manager(hive: Hive, tab: Tab) -> None:
+    expect(tab.page).to_have_title("(1) hyperhive")
+    tab.page.get_by_role("button", name="Start the manager").click()
+    expect(tab.page.get_by_text("Nothing waits for you")).to_be_visible()
+    expect(tab.page).to_have_title("hyperhive")
+    expect(tab.page.get_by_role("complementary").get_by_role("link", name="manager")).to_be_visible()
+    assert row_of(hive, "manager")["manager"]
+
+
+def test_a_request_is_read_and_approved_with_a_click(hive: Hive, tab: Tab) -> None:
+    spawn(hive, "manager")
+    with hive.agent("manager") as manager:
+        number = request_alice(manager)
+    request = card(tab, "a new agent, alice")
+    expect(request.get_by_text("She writes reports.")).to_be_visible()
+    expect(request.locator(".diff .added")).to_have_count(4)
+    expect(request.locator(".diff")).to_contain_text("pkgs.ripgrep")
+    request.get_by_role("button", name=f"Approve request {number}").click()
+    expect(tab.page.get_by_text("Nothing waits for you")).to_be_visible()
+    expect(tab.page.get_by_role("complementary").get_by_role("link", name="alice")).to_be_visible()
+    wait_for(lambda: row_of(hive, "alice")["state"] == "idle", "alice to be idle")
+    tab.go("deploys")
+    history = tab.page.get_by_role("main").locator(".row").filter(has_text="alice")
+    expect(history).to_contain_text("deployed")
+    history.get_by_role("button", name="Log").click()
+    expect(history.get_by_role("log")).not_to_have_text("No line yet.")
+    tab.go(f"approvals/{number}")
+    expect(card(tab, "a new agent, alice")).to_contain_text("Approved by you")
+
+
+def test_a_request_is_denied_with_a_note(hive: Hive, tab: Tab) -> None:
+    spawn(hive, "manager")
+    with hive.agent("manager") as manager:
+        number = request_alice(manager)
+    tab.page.get_by_label("Note to manager").fill("Not today.")
+    tab.page.get_by_role("button", name=f"Deny request {number}").click()
+    expect(tab.page.get_by_text("Nothing waits for you")).to_be_visible()
+    row = hive.api("GET", f"/api/approvals/{number}").body["approval"]
+    assert (row["status"], row["note"]) == ("denied", "Not today.")
+    tab.page.get_by_role("link", name="All requests").click()
+    expect(tab.page.get_by_role("main").locator("a.row")).to_contain_text("denied")
+
+
+def test_a_key_decides_the_marked_request_and_only_that(hive: Hive, tab: Tab) -> None:
+    spawn(hive, "manager")
+    with hive.agent("manager") as manager:
+        first, second = request_alice(manager), request_alice(manager, name="bob")
+    expect(card(tab, "agent, bob").locator(".diff")).to_be_visible()
+    expect(card(tab, "agent, alice").locator("kbd")).to_have_text(["d", "a"])
+    note = tab.page.get_by_label("Note to manager").first
+    note.press("a")  # typed, not pressed
+    expect(note).to_have_value("a")
+    note.press("Escape")
+    tab.page.keyboard.press("d")
+    tab.page.keyboard.press("d")  # a second press that was meant for the same request
+    expect(card(tab, "agent, alice")).to_have_count(0)
+    expect(card(tab, "agent, bob").locator("kbd")).to_have_text(["d", "a"])
+    states = [hive.api("GET", f"/api/approvals/{number}").body["approval"]["status"] for number in (first, second)]
+    assert states == ["denied", "pending"]
+    tab.page.wait_for_timeout(1000)  # keys rest for a moment when the mark moves
+    tab.page.keyboard.press("a")
+    expect(tab.page.get_by_text("Nothing waits for you")).to_be_visible()
+    assert hive.api("GET", f"/api/approvals/{second}").body["approval"]["status"] == "approved"
+    wait_for(lambda: row_of(hive, "bob")["state"] == "idle", "bob to be idle")
+
+
+def test_a_refusal_is_shown_where_the_button_is(hive: Hive, tab: Tab) -> None:
+    tab.expected = ["40[049]"]
+    spawn(hive, "manager")
+    tab.go("agents")
+    tab.page.get_by_role("button", name="Manage manager").click()
+    tab.page.get_by_role("button", name="Roll back manager").click()
+    expect(tab.page.get_by_role("alert")).not_to_be_empty()
+    expect(tab.page.get_by_role("button", name="Roll back manager")).to_be_enabled()
+
+
+# ── questions ──
+
+
+def test_questions_are_answered_by_option_and_in_own_words(hive: Hive, tab: Tab) -> None:
+    spawn(hive, "alice")
+    with hive.agent("alice") as alice:
+        asked = [
+            alice.ask("ask", question="Merge it?\nThe test is missing.", options=["Yes", "Wait for bob"])["id"],
+            alice.ask("ask", question="What shall it be called?")["id"],
+            alice.ask("ask", question="Which ones?", options=["red", "green", "blue"], multi=True)["id"],
+        ]
+    merge = card(tab, "Merge it?")
+    expect(merge).to_contain_text("The test is missing.")
+    merge.get_by_role("button", name="Wait for bob").click()
+    expect(merge).to_have_count(0)
+    called = card(tab, "What shall it be called?").get_by_label("Answer to alice")
+    called.fill("hyperhive")
+    called.press("Enter")
+    expect(called).to_have_count(0)
+    which = card(tab, "Which ones?")
+    which.get_by_role("button", name="red").click()
+    which.get_by_role("button", name="blue").click()
+    which.get_by_label("Answer to alice").fill("and honey")
+    which.get_by_role("button", name="Send").click()
+    expect(which).to_have_count(0)
+    rows = {row["id"]: row.get("answer") for row in hive.api("GET", "/api/questions").body["questions"]}
+    assert [rows[number] for number in asked] == ["Wait for bob", "hyperhive", "red, blue, and honey"]
+
+
+# ── live ──
+
+
+def test_what_is_typed_survives_what_comes_in(hive: Hive, tab: Tab) -> None:
+    spawn(hive, "manager")
+    spawn(hive, "alice")
+    with hive.agent("manager") as manager:
+        request_alice(manager, name="bob")
+        note = tab.page.get_by_label("Note to manager")
+        note.fill("half a tho")
+        note.evaluate("field => field.setSelectionRange(2, 4)")
+        for number in range(3):
+            manager.ask("send", to="operator", body=f"news {number}")
+            expect(tab.page.get_by_role("complementary")).to_contain_text(f"news {number}")
+        request_alice(manager, name="carol")
+    expect(card(tab, "agent, carol")).to_be_visible()
+    with hive.agent("alice") as alice:
+        alice.ask("ask", question="And this?")
+    expect(card(tab, "And this?")).to_be_visible()
+    expect(note.first).to_have_value("half a tho")
+    expect(note.first).to_be_focused()
+    assert note.first.evaluate("field => [field.selectionStart, field.selectionEnd]") == [2, 4]
+    tab.go("agents")
+    expect(tab.page.get_by_role("heading", name="Agents", exact=True)).to_be_visible()
+    tab.go("call")
+    expect(note.first).to_have_value("half a tho")
+    tab.page.reload()
+    expect(note.first).to_have_value("half a tho")
+
+
+def test_flow_shows_messages_as_they_come_and_writes_to_one_or_all(hive: Hive, tab: Tab) -> None:
+    for name in ("alice", "bob"):
+        spawn(hive, name)
+    tab.go("flow")
+    messages = tab.page.locator("article.message")
+    tab.page.get_by_label("To", exact=True).select_option("bob")
+    tab.page.get_by_label("Message", exact=True).fill("Good morning, bob.")
+    tab.page.get_by_role("button", name="Send").click()
+    expect(messages.filter(has_text="Good morning, bob.")).to_contain_text("you → bob")
+    expect(tab.page.get_by_label("Message", exact=True)).to_have_value("")
+    tab.page.get_by_label("To", exact=True).select_option("*")
+    tab.page.get_by_label("Message", exact=True).fill("Good evening, all.")
+    tab.page.get_by_label("Message", exact=True).press("Control+Enter")
+    expect(messages.filter(has_text="Good evening, all.")).to_have_count(1)
+    expect(messages.filter(has_text="Good evening, all.")).to_contain_text("you → all")
+    with hive.agent("alice") as alice:
+        first = alice.ask("send", to="operator", body="Where is the report?")["id"]
+    expect(messages.filter(has_text="Where is the report?")).to_be_visible()
+    wait_for(lambda: state_of(hive, first) == "acked", "the message to count as read")
+    tab.page.get_by_role("link", name=f"#{first}", exact=True).click()
+    tab.page.get_by_label("Reply to alice").fill("In the shared folder.")
+    tab.page.get_by_role("button", name="Send").click()
+    reply = messages.filter(has_text="In the shared folder.")
+    expect(reply).to_contain_text(f"in reply to #{first}")
+    expect(messages).to_have_count(2)  # the thread, and nothing else
+
+
+def state_of(hive: Hive, number: int) -> str:
+    rows = hive.api("GET", "/api/messages").body["messages"]
+    return next(str(row["state"]) for row in rows if row["id"] == number)
+
+
+def test_a_lost_daemon_is_told_and_its_return_brings_what_was_missed(hive: Hive, tab: Tab) -> None:
+    tab.expected = ["ERR_", "Failed to load"]
+    spawn(hive, "alice")
+    tab.go("flow")
+    tab.page.get_by_label("Message", exact=True).fill("half a tho")
+    hive.stop()
+    expect(tab.page.get_by_text("Disconnected since")).to_be_visible()
+    expect(tab.page.get_by_label("Message", exact=True)).to_have_value("half a tho")
+    hive.start()
+    hive.cli("send", "alice", "sent while nobody looked")
+    expect(tab.page.get_by_text("Disconnected since")).to_have_count(0)
+    expect(tab.page.locator("article.message").filter(has_text="sent while nobody looked")).to_be_visible()
+    expect(tab.page.get_by_label("Message", exact=True)).to_have_value("half a tho")
+    wait_for(lambda: row_of(hive, "alice")["state"] == "idle", "alice to be idle again")
+
+
+# ── agents ──
+
+
+def test_the_levers_of_an_agent(hive: Hive, tab: Tab) -> None:
+    spawn(hive, "alice")
+    tab.go("agents")
+    row = tab.page.get_by_role("main").locator(".row.agent").filter(has_text="alice")
+    row.get_by_role("button", name="Manage alice").click()
+    row.get_by_role("button", name="Pause alice").click()
+    expect(row.locator(".agent-top")).to_contain_text("paused")
+    row.get_by_role("button", name="Resume alice").click()
+    expect(row.locator(".agent-top")).to_contain_text("idle")
+    row.get_by_role("button", name="Stop alice").click()
+    expect(row.locator(".agent-top")).to_contain_text("stopped")
+    row.get_by_role("button", name="Start alice").click()
+    expect(row.locator(".agent-top")).to_contain_text("idle")
+    row.get_by_role("button", name="Destroy…").click()
+    destroy = row.get_by_role("button", name="Destroy", exact=True)
+    expect(destroy).to_be_disabled()
+    row.get_by_label("Type alice to confirm").fill("alic")
+    expect(destroy).to_be_disabled()
+    row.get_by_label("Type alice to confirm").fill("alice")
+    destroy.click()
+    kept = tab.page.locator(".row.kept").filter(has_text="alice")
+    expect(kept).to_contain_text("destroyed, state kept")
+    kept.get_by_role("button", name="Revive").click()
+    expect(kept).to_have_count(0)
+    expect(row.locator(".agent-top")).to_contain_text("idle")
+
+
+def test_an_agent_is_made_on_the_page_and_a_bad_name_is_explained(hive: Hive, tab: Tab) -> None:
+    tab.expected = ["400"]
+    tab.go("agents")
+    tab.page.get_by_label("Name of a new agent").fill("Alice")
+    tab.page.get_by_role("button", name="Create the agent").click()
+    expect(tab.page.get_by_role("alert")).to_contain_text("Alice")
+    tab.page.get_by_label("Name of a new agent").fill("alice")
+    tab.page.get_by_label("What it is for").fill("reports")
+    tab.page.get_by_role("button", name="Create the agent").click()
+    expect(tab.page.get_by_role("main").get_by_role("link", name="alice")).to_be_visible()
+    wait_for(lambda: row_of(hive, "alice")["state"] == "idle", "alice to be idle")
+
+
+def test_a_sign_in_from_your_call(hive: Hive, tab: Tab) -> None:
+    spawn(hive, "alice")
+    hive.cli("send", "alice", rehearse({"fail": "authentication_failed"}))
+    notice = card(tab, "alice is signed out")
+    notice.get_by_role("button", name="Sign alice in").click()
+    expect(notice.get_by_role("link", name="https://rehearsal.invalid/sign-in")).to_be_visible()
+    notice.get_by_label("Code for alice").fill("wrong#state")
+    notice.get_by_role("button", name="Finish").click()
+    expect(notice.get_by_role("button", name="Sign alice in")).to_have_text("Try again")
+    notice.get_by_role("button", name="Sign alice in").click()
+    notice.get_by_label("Code for alice").fill("right#state")
+    notice.get_by_role("button", name="Finish").click()
+    expect(notice).to_have_count(0)
+
+
+# ── one agent, on the dashboard and on its own page ──
+
+
+def check_agent_view(tab: Tab) -> None:
+    """A turn as it happens: text, thinking, a tool with its result, a message into it, and its interruption."""
+    page = tab.page
+    steps = [
+        {"thinking": "a first thought\nand a second"},
+        {"tool": "Bash", "input": {"command": "seq 1 40"}},
+        {"text": "Counted to forty."},
+        {"tool": "Bash", "input": {"command": "sleep 60"}},
+    ]
+    page.get_by_label("Write to alice").fill(rehearse(*steps))
+    page.get_by_role("button", name="Send to alice").click()
+    expect(page.get_by_label("Write to alice")).to_have_value("")
+    turn = page.locator("section.turn").filter(has_text="Counted to forty.").last
+    expect(turn.locator(".prose").filter(has_text=re.compile("^Counted to forty.$"))).to_be_visible()
+    expect(turn.locator(".step").filter(has_text="from you").first).to_contain_text("rehearse")
+    turn.get_by_role("button", name="2 lines, unfold").click()
+    expect(turn.get_by_text("and a second")).to_be_visible()
+    expect(turn.locator(".tool").first).not_to_contain_text("39")
+    turn.get_by_role("button", name="all 40 lines").click()
+    expect(turn.locator(".tool").first).to_contain_text("39")
+    expect(page.get_by_role("button", name="Interrupt", exact=True)).to_be_enabled()
+    page.get_by_role("button", name="Interrupt", exact=True).click()
+    expect(turn).to_contain_text("Interrupted")
+    expect(page.get_by_role("button", name="Interrupt", exact=True)).to_be_disabled()
+    turn.locator(".turn-line").click()
+    expect(turn.locator(".steps")).to_have_count(0)
+    expect(turn).to_contain_text("2 tools")
+
+
+def test_an_agent_on_the_dashboard(hive: Hive, tab: Tab) -> None:
+    spawn(hive, "alice")
+    tab.go("agents/alice")
+    expect(tab.page.get_by_text("Nothing happened here yet.").or_(tab.page.locator("section.turn")).first).to_be_visible()
+    check_agent_view(tab)
+    tab.page.reload()
+    expect(tab.page.locator("section.turn").filter(has_text="Counted to forty.")).to_be_visible()
+
+
+def test_an_agent_on_its_own_page(hive: Hive, open_tab: Callable[..., Tab]) -> None:
+    spawn(hive, "alice")
+    url = row_of(hive, "alice")["url"]
+    tab = open_tab(url)
+    expect(tab.page.get_by_role("heading", name="alice").first).to_be_visible()
+    assert "#" not in tab.page.url
+    expect(tab.page.get_by_text("Rehearsal: a scripted stand-in")).to_be_visible()
+    check_agent_view(tab)
+    with hive.agent("alice") as alice:
+        alice.ask("ask", question="Is anybody there?")
+    hive.cli("send", "alice", rehearse({"text": "Now there is something to look up."}))
+    expect(tab.page.get_by_role("complementary")).to_contain_text("Is anybody there?")
+
+
+def test_the_page_of_an_agent_wants_its_own_token(hive: Hive, open_tab: Callable[..., Tab]) -> None:
+    spawn(hive, "alice")
+    tab = open_tab(row_of(hive, "alice")["url"].partition("#")[0] + f"#token={hive.token}")
+    tab.expected = ["401"]
+    expect(tab.page.get_by_label("Paste the token")).to_be_visible()
+    expect(tab.page.get_by_role("alert")).to_contain_text("not valid")
+
+
+def test_earlier_turns_are_fetched_on_demand(hive: Hive, tab: Tab) -> None:
+    spawn(hive, "alice")
+    steps = [{"text": f"line {number}"} for number in range(330)]
+    with hive.agent("alice") as alice:
+        events = [
+            {"id": 1000 + number, "at": "2026-01-01T00:00:00Z", "turn": 70 + number // 10, "kind": "text", "data": step}
+            for number, step in enumerate(steps)
+        ]
+        assert alice.ask("report", events=events)["ok"]
+    tab.go("agents/alice")
+    expect(tab.page.locator("section.turn")).to_have_count(30)
+    tab.page.get_by_role("button", name="Earlier…").click()
+    expect(tab.page.locator("section.turn").first).to_contain_text("Turn 70")
+    expect(tab.page.locator("section.turn")).to_have_count(33)
+
+
+# ── hostile text ──
+
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)><script>alert(2)</script> \x1b[31mred\x1b[0m \x1b]8;;https://evil.test\x07link\x1b]8;;\x07"
+    " \u202egnp.exe\u202c a\x00b javascript:alert(3) [click](javascript:alert(4)) https://example.org/a?b=1&c=2"
+)
+
+
+def test_hostile_text_stays_text(hive: Hive, tab: Tab) -> None:
+    spawn(hive, "manager")
+    spawn(hive, "alice")
+    with hive.agent("manager") as manager:
+        request_alice(manager, HOSTILE, name="bob")
+        manager.ask("send", to="operator", body=HOSTILE)
+        manager.ask("set_status", text=HOSTILE[:190])
+    with hive.agent("alice") as alice:
+        alice.ask("ask", question=HOSTILE, options=["<b>bold</b>", "\u202eno"])
+        data = [("text", {"text": HOSTILE}), ("thinking", {"text": HOSTILE}), ("note", {"text": HOSTILE}),
+                ("tool_call", {"tool_use_id": "t", "name": HOSTILE, "input": {"command": HOSTILE}}),
+                ("tool_result", {"tool_use_id": "t", "output": HOSTILE, "is_error": True})]  # fmt: skip
+        events = [
+            {"id": 500 + number, "at": "2026-01-01T00:00:00Z", "turn": 50, "kind": kind, "data": fields}
+            for number, (kind, fields) in enumerate(data)
+        ]
+        assert alice.ask("report", events=events)["ok"]
+    expect(card(tab, "alice asks")).to_be_visible()
+    for view in (*VIEWS, "agents/alice"):
+        tab.go(view)
+        tab.page.wait_for_timeout(150)
+        assert tab.page.locator("main img, main script, main b:has-text('bold')").count() == 0
+        text = tab.page.locator("body").inner_text()
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\u202a-\u202e]", text), view
+        for link in tab.page.locator("a").all():
+            address = link.get_attribute("href") or ""
+            assert address.startswith(("#/", "http://", "https://")), address
+            if address.startswith("https://"):
+                assert link.get_attribute("rel") == "noopener noreferrer" and link.inner_text() == address
+    tab.go("call")
+    expect(card(tab, "agent, bob")).to_contain_text("<img src=x onerror=alert(1)>")
+    expect(card(tab, "agent, bob")).to_contain_text("red link ⟨U+202E⟩gnp.exe⟨U+202C⟩ a␀b")
+    expect(card(tab, "alice asks").get_by_role("button", name="<b>bold</b>")).to_be_visible()
+
+
+# ── shapes of screen ──
+
+
+@pytest.mark.parametrize("width", [360, 768, 1380])
+def test_no_view_scrolls_sideways(hive: Hive, open_tab: Callable[..., Tab], width: int) -> None:
+    spawn(hive, "manager")
+    with hive.agent("manager") as manager:
+        request_alice(manager, f"See https://example.org/{'long' * 40} and {'word' * 40}.")
+        manager.ask("ask", question=f"{'Which' * 30}?", options=["x" * 90, "y"])
+        manager.ask("set_status", text="busy" * 45)
+        manager.ask("send", to="operator", body=f"```\n{'code ' * 60}\n```\n{'body' * 60}")
+    hive.cli("send", "manager", rehearse({"tool": "Bash", "input": {"command": f"echo {'out' * 99}"}}))
+    wait_for(lambda: hive.api("GET", "/api/usage").body["usage"], "a turn to be counted")
+    tab = open_tab(f"{hive.url}/#token={hive.token}", viewport={"width": width, "height": 780})
+    expect(card(tab, "agent, alice").locator(".diff")).to_be_visible()
+    for view in VIEWS:
+        tab.go(view)
+        tab.page.wait_for_timeout(200)
+        assert tab.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, view
+
+
+def test_on_a_phone_tabs_lie_at_the_bottom_and_state_unfolds(hive: Hive, open_tab: Callable[..., Tab]) -> None:
+    spawn(hive, "alice")
+    tab = open_tab(f"{hive.url}/#token={hive.token}", viewport={"width": 390, "height": 780})
+    tabs = tab.page.get_by_role("navigation", name="Views")
+    expect(tabs.get_by_role("link")).to_have_count(5)
+    box = tabs.bounding_box()
+    assert box and box["y"] > 700
+    tabs.get_by_role("link", name="Agents").click()
+    tab.page.get_by_role("main").get_by_role("link", name="alice").click()
+    tab.page.get_by_role("button", name="State", exact=True).click()
+    expect(tab.page.get_by_role("button", name="Pause alice")).to_be_visible()
