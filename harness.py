@@ -1619,7 +1619,7 @@ class Agent:
         if not (self._turn or self._park or self._paused or self._login or self._stopping):
             if self._new_session_wanted:
                 self._forget_session("A new session was asked for.")
-            elif self._compact_wanted:
+            if self._compact_wanted:
                 self._compact_wanted = False
                 self._start_turn([], "/compact")
             elif self._held:

@@ -306,6 +306,17 @@ def test_compact_new_session_and_model(harness: Harness) -> None:
     assert sum(" begun " in note["text"] for note in host.of("note")) == 2
 
 
+def test_a_new_session_in_a_turn_waits_for_its_end_and_then_takes_what_waits(harness: Harness) -> None:
+    host = harness.host
+    first = host.put(rehearse({"sleep": 300}))
+    host.wait_event("text")
+    host.control("new_session")
+    host.control("interrupt")
+    second = host.put("and then?", "bob")
+    host.wait_acked(first, second)
+    host.wait_text("message 2 from bob")
+
+
 def test_signing_in_with_a_code(harness: Harness) -> None:
     host = harness.host
     host.put(rehearse({"fail": "authentication_failed"}))
