@@ -3834,12 +3834,12 @@ class Connection:
     def __init__(self, sock: socket.socket, max_bytes: int) -> None:
         self.sock = sock
         self._reader = LineReader(sock, max_bytes)
-        self._lock = threading.Lock()
+        self._late: threading.Thread | None = None  # still sends an answer that was too large to go at once
 
     def serve(self) -> None:
         try:
             while (line := self._read()) is not None:
-                self.before_request()
+                self._finish_answers()
                 answer, close = self._answer(line)
                 if answer is not None:
                     self.send(answer)
@@ -3853,9 +3853,16 @@ class Connection:
         try:
             return self._reader.read()
         except Refused as error:
-            self.before_request()
+            self._finish_answers()
             self.send(failed_answer(error))
             return None
+
+    def _finish_answers(self) -> None:
+        """Answers come in order: the one before this request is out, down to its last byte."""
+        self.before_request()
+        if self._late is not None:
+            self._late.join()
+            self._late = None
 
     def _answer(self, line: bytes) -> tuple[Json | None, bool]:
         """The answer, and whether the connection is beyond help: a line that is no JSON object."""
@@ -3879,33 +3886,22 @@ class Connection:
     def closed(self) -> None: ...
 
     def send(self, answer: Json) -> None:
-        """From a thread that may wait for a slow reader."""
-        with self._lock:
-            self._write(encode_line(answer))
+        """From the thread that reads, which may wait for a slow client."""
+        self._write(encode_line(answer))
 
     def send_soon(self, answer: Json) -> None:
         """From a thread that must not wait: what the kernel does not take at once goes to a thread of its own."""
         data, sent = encode_line(answer), 0
-        if self._lock.acquire(blocking=False):
-            try:
-                sent = self.sock.send(data, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self.hang_up()
-                sent = len(data)
-            if sent == len(data):
-                self._lock.release()
-            else:  # the lock goes along: nothing else may be written in between
-                threading.Thread(target=self._finish, args=(data[sent:],), name="late-answer", daemon=True).start()
-        else:
-            threading.Thread(target=self.send, args=(answer,), name="late-answer", daemon=True).start()
-
-    def _finish(self, rest: bytes) -> None:
         try:
-            self._write(rest)
-        finally:
-            self._lock.release()
+            sent = self.sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.hang_up()
+            return
+        if sent < len(data):
+            self._late = threading.Thread(target=self._write, args=(data[sent:],), name="late-answer", daemon=True)
+            self._late.start()
 
     def _write(self, data: bytes) -> None:
         """Non-blocking writes and a poll: a socket time-out would also hit the thread that reads."""
