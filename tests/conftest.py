@@ -96,10 +96,11 @@ def hive(folder: Path) -> Iterator[Hive]:
 def crew() -> Iterator[Hive]:
     """One hive for a whole module: manager, alice and bob are deployed but stopped, so that tests can be them.
 
-    A test here looks only at what it made itself. Nobody is too fast for this hive.
+    A test here looks only at what it made itself. Nobody is too fast or too curious for this hive.
     """
     with tempfile.TemporaryDirectory(prefix="hh-", dir="/tmp") as place:
         limits = {"messages_per_minute": 0, "ping_pong": 0, "questions": 1000, "pending_approvals": 1000}
+        limits |= {"wrong_tokens_per_minute": 10_000}
         with Hive(Path(place), limits=limits) as running:
             yield running.spawn("manager", "alice", "bob")
 

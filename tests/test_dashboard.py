@@ -1,0 +1,716 @@
+"""Dashboard: who gets in, one shape for every answer, what the routes do, and the live stream."""
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import psutil
+import pytest
+from hive import HYPERHIVE, Answer, Hive, free_ports, wait_for
+
+import hyperhive
+
+FILLED = {"<number:int>": "1", "<name>": "alice", "<action>": "start"}
+TABLE = [(method, path, options) for method, path, _, options in hyperhive.Routes(None, None, None).table()]  # type: ignore[arg-type]
+
+
+def filled(path: str) -> str:
+    """A route with something in the place of its wildcards."""
+    path = path.replace("/static/<name>", "/static/app.css")
+    for wildcard, value in FILLED.items():
+        path = path.replace(wildcard, value)
+    assert "<" not in path, "a wildcard that FILLED does not know"
+    return path
+
+
+every_route = pytest.mark.parametrize(("method", "path"), [(method, filled(path)) for method, path, _ in TABLE])
+guarded_route = pytest.mark.parametrize(
+    ("method", "path"), [(method, filled(path)) for method, path, options in TABLE if not options.get("open")]
+)
+posting_route = pytest.mark.parametrize("path", [filled(path) for method, path, _ in TABLE if method == "POST"])
+
+
+def raw(hive: Hive, request: str | bytes) -> Answer:
+    """An answer to bytes that no client library would send."""
+    with socket.create_connection(("127.0.0.1", hive.port), timeout=30) as peer:
+        peer.sendall(request if isinstance(request, bytes) else request.encode())
+        with closing(http.client.HTTPResponse(peer)) as response:
+            response.begin()
+            text = response.read().decode()
+    is_json = response.headers.get_content_type() == "application/json"
+    return Answer(response.status, response.headers, json.loads(text) if is_json else text)
+
+
+def refused(answer: Answer, status: int, code: str) -> bool:
+    """Of the one error shape, with this status and word, and with the headers that every answer has."""
+    assert answer.status == status, answer
+    assert {"error", "code"} <= answer.body.keys() <= {"error", "code", "hint"}, answer.body
+    assert all(isinstance(text, str) and text for text in answer.body.values())
+    assert answer.body["code"] == code
+    assert has_headers(answer) and answer.headers["Cache-Control"] == "no-store"
+    return True
+
+
+def has_headers(answer: Answer) -> bool:
+    policy = answer.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy and "http:" not in policy and "*" not in policy
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Referrer-Policy"] == "no-referrer"
+    assert "Set-Cookie" not in answer.headers and "Server" not in answer.headers
+    return True
+
+
+# ── who gets in ──
+
+
+def test_only_three_routes_are_open() -> None:
+    assert [path for _, path, options in TABLE if options.get("open")] == ["/", "/static/<name>", "/healthz"]
+
+
+@guarded_route
+def test_a_route_needs_the_token(crew: Hive, method: str, path: str) -> None:
+    body = {} if method == "POST" else None
+    for headers in ({}, {"Authorization": ""}, {"Authorization": crew.token}, {"Authorization": f"Basic {crew.token}"}):
+        answer = crew.api(method, path, body, token=None, headers=headers)
+        assert refused(answer, 401, "unauthorized") and answer.headers["WWW-Authenticate"] == "Bearer"
+    for wrong in ("x", crew.token[:-1], f"{crew.token}x", "é", "x" * 10_000):
+        assert refused(crew.api(method, path, body, token=wrong), 401, "unauthorized")
+    with_token = crew.api(
+        method, f"{path}?token={crew.token}", body, token=None, headers={"Cookie": f"token={crew.token}"}
+    )
+    assert refused(with_token, 401, "unauthorized")
+
+
+@every_route
+def test_a_route_takes_no_foreign_host(crew: Hive, method: str, path: str) -> None:
+    for host in (
+        "evil.example",
+        f"evil.example:{crew.port}",
+        "127.0.0.1.evil.example",
+        "localhost@evil.example",
+        "",
+        "[::2]",
+    ):
+        answer = crew.api(method, path, {} if method == "POST" else None, headers={"Host": host})
+        assert refused(answer, 403, "bad_host"), host
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:8", socket.gethostname()])
+def test_hosts_that_are_ours(crew: Hive, host: str) -> None:
+    assert crew.api("GET", "/api/agents", headers={"Host": host}).status == 200
+
+
+@posting_route
+def test_a_change_takes_no_foreign_origin_and_only_json(crew: Hive, path: str) -> None:
+    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{crew.port + 1}", f"http://localhost:{crew.port}"):
+        assert refused(crew.api("POST", path, {}, headers={"Origin": origin}), 403, "bad_origin"), origin
+    for content in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "application/jsonp"):
+        assert refused(crew.api("POST", path, {}, headers={"Content-Type": content}), 415, "bad_type"), content
+    assert refused(crew.api("POST", path, {}, token=None, headers={"Origin": crew.url}), 401, "unauthorized")
+
+
+def test_our_own_origin_and_content_type_with_a_charset(crew: Hive) -> None:
+    headers = {"Origin": crew.url, "Content-Type": "application/json; charset=utf-8"}
+    assert crew.api("POST", "/api/messages", {"to": "alice", "body": "hi"}, headers=headers).status == 200
+
+
+def test_guessing_is_slowed_down_but_the_right_token_passes(hive: Hive) -> None:
+    for _ in range(hyperhive.Limits().wrong_tokens_per_minute):
+        assert refused(hive.api("GET", "/api/state", token="wrong"), 401, "unauthorized")
+    for _ in range(3):
+        answer = hive.api("GET", "/api/state", token="wrong")
+        assert refused(answer, 429, "too_many") and 0 < int(answer.headers["Retry-After"]) <= 61
+        assert refused(hive.api("GET", "/api/state", token=None), 401, "unauthorized")  # no guess
+        assert hive.api("GET", "/api/state").status == 200
+        assert hive.api("GET", "/healthz", token=None).status == 200
+
+
+def test_a_rotated_token_is_void_at_once(hive: Hive) -> None:
+    old = hive.token
+    with Stream(hive) as stream:
+        stream.next()
+        new = hive.ask(cmd="token", rotate=True)["token"]
+        assert stream.ended()
+    assert old != new == hive.token
+    assert refused(hive.api("GET", "/api/state", token=old), 401, "unauthorized")
+    assert hive.api("GET", "/api/state", token=new).status == 200
+    hive.stop()
+    hive.start()
+    assert hive.api("GET", "/api/state", token=new).status == 200
+
+
+# ── the shape of answers ──
+
+
+def test_headers_are_on_every_answer(crew: Hive) -> None:
+    answers = [
+        crew.api("GET", path) for path in ("/", "/static/app.css", "/healthz", "/metrics", "/api/state", "/nothing")
+    ]
+    answers += [crew.api("PUT", "/api/state"), crew.api("HEAD", "/healthz", token=None)]
+    assert [answer.status for answer in answers] == [200] * 5 + [404, 405, 200]
+    assert all(map(has_headers, answers))
+    assert {answer.headers["Cache-Control"] for answer in answers[3:5]} == {"no-store"}
+    with Stream(crew) as stream:
+        assert has_headers(Answer(200, stream.headers, "")) and stream.headers["Cache-Control"] == "no-store"
+        assert stream.headers.get_content_type() == "text/event-stream"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nothing", 404, "not_found"),
+        ("GET", "/api", 404, "not_found"),
+        ("GET", "/api/agents/", 404, "not_found"),
+        ("POST", "/api/state", 405, "bad_method"),
+        ("DELETE", "/api/agents/alice", 405, "bad_method"),
+        ("GET", "/api/agents/nobody", 404, "unknown_agent"),
+        ("GET", "/api/agents/NOBODY", 400, "bad_name"),
+        ("GET", "/api/agents/..", 400, "bad_name"),
+        ("GET", "/api/agents/%2e%2e", 400, "bad_name"),
+        ("GET", "/api/agents/tencharact/events", 400, "bad_name"),
+        ("GET", "/api/agents/%ff%00", 400, "bad_name"),
+        ("GET", "/api/approvals/9999", 404, "not_found"),
+        ("GET", "/api/approvals/-1", 404, "not_found"),
+        ("GET", "/api/approvals/x", 404, "not_found"),
+        ("GET", "/api/approvals/99999999999999999999", 404, "not_found"),
+        ("GET", "/api/approvals?status=odd", 400, "bad_request"),
+        ("GET", "/api/deploys/9999", 404, "not_found"),
+        ("GET", "/api/messages?max=0", 400, "bad_request"),
+        ("GET", "/api/messages?max=1001", 400, "bad_request"),
+        ("GET", "/api/messages?before=x", 400, "bad_request"),
+        ("GET", f"/api/messages?before={'9' * 5000}", 400, "bad_request"),
+        ("GET", "/api/messages?with=A", 400, "bad_name"),
+        ("GET", "/api/usage?days=-1", 400, "bad_request"),
+        ("GET", "/api/audit?max=1e3", 400, "bad_request"),
+        ("GET", "/api/stream?agent=..", 400, "bad_name"),
+    ],
+)
+def test_a_wrong_address_has_the_one_error_shape(crew: Hive, method: str, path: str, status: int, code: str) -> None:
+    assert refused(crew.api(method, path, {} if method == "POST" else None), status, code)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/api/messages", b""),
+        ("/api/messages", b"{"),
+        ("/api/messages", b"[]"),
+        ("/api/messages", b"null"),
+        ("/api/messages", b"\xff"),
+        ("/api/messages", b'{"to":"alice","body":NaN}'),
+        ("/api/messages", b'{"to":"alice","body":"\\ud800"}'),
+        ("/api/messages", b"[" * 100_000),
+        ("/api/messages", b'{"to":"alice"}'),
+        ("/api/messages", b'{"to":"alice","body":7}'),
+        ("/api/messages", b'{"to":"alice","body":""}'),
+        ("/api/messages", b'{"to":"alice","body":"x","from":"bob"}'),
+        ("/api/messages", b'{"to":["alice"],"body":"x"}'),
+        ("/api/messages/read", b'{"ids":"1"}'),
+        ("/api/messages/read", b'{"ids":[true]}'),
+        ("/api/messages/read", b'{"ids":[99999999999999999999]}'),
+        ("/api/pause_all", b"{}"),
+        ("/api/pause_all", b'{"paused":"yes"}'),
+        ("/api/agents", b'{"name":7}'),
+        ("/api/schedules", b'{"to":"alice","body":"x","first":"tomorrow"}'),
+        ("/api/schedules", b'{"to":"alice","body":"x","first":"2030-01-31T08:00:00Z","every_s":59}'),
+        ("/api/approvals/1/approve", b'{"sha":7}'),
+        ("/api/approvals/1/approve", b'{"surprise":1}'),
+        ("/api/questions/1/answer", b"{}"),
+        ("/api/agents/alice/start", b'{"surprise":1}'),
+        ("/api/agents/bob/model", b"{}"),
+        ("/api/agents/alice/destroy", b"{}"),
+        ("/api/agents/alice/destroy", b'{"confirm":"bob"}'),
+    ],
+)
+def test_a_wrong_body_has_the_one_error_shape(crew: Hive, path: str, body: bytes) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {crew.token}\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    assert refused(raw(crew, head.encode() + body), 400, "bad_request")
+
+
+def test_other_refusals_of_actions(crew: Hive) -> None:
+    assert refused(crew.api("POST", "/api/agents/alice/dance", {}), 404, "not_found")
+    assert refused(crew.api("POST", "/api/agents/nobody/start", {}), 404, "unknown_agent")
+    assert refused(crew.api("POST", "/api/agents", {"name": "alice"}), 409, "conflict")
+    assert refused(crew.api("POST", "/api/agents", {"name": "-rf"}), 400, "bad_name")
+    assert refused(crew.api("POST", "/api/agents/alice/interrupt", {}), 409, "conflict")  # nobody is there
+    assert refused(crew.api("POST", "/api/agents/manager/destroy", {"confirm": "manager"}), 403, "forbidden")
+    assert refused(crew.api("POST", "/api/messages", {"to": "alice", "body": "x" * 65_537}), 413, "too_large")
+
+
+def test_a_body_has_a_largest(crew: Hive) -> None:
+    for size in (hyperhive.BODY_MAX + 1, 10**12):  # promised, not sent: nobody waits for it
+        head = f"POST /api/messages HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {crew.token}\r\n"
+        answer = raw(crew, f"{head}Content-Type: application/json\r\nContent-Length: {size}\r\n\r\n")
+        assert refused(answer, 413, "too_large")
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        ("GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + "x" * 20_000, 431),
+        ("GET /healthz HTTP/1.1\r\nno colon", 400),
+    ],
+    ids=["large headers", "no headers"],
+)
+def test_what_is_no_http_is_refused_in_the_same_shape(crew: Hive, request_line: str, status: int) -> None:
+    assert refused(raw(crew, f"{request_line}\r\n\r\n"), status, "too_large" if status == 431 else "bad_request")
+
+
+# ── static files ──
+
+
+def test_the_page_and_its_files_are_open_and_hold_no_data(crew: Hive) -> None:
+    page = crew.api("GET", "/", token=None)
+    assert page.status == 200 and page.headers.get_content_type() == "text/html"
+    named = set(re.findall(r'(?:src|href)="(/static/[^"]+)"', page.body))
+    assert named
+    types = {
+        ".js": "text/javascript",
+        ".css": "text/css",
+        ".svg": "image/svg+xml",
+        ".webmanifest": "application/manifest+json",
+    }
+    for path in named:
+        answer = crew.api("GET", path, token=None)
+        assert answer.status == 200 and answer.headers.get_content_type() == types[Path(path).suffix]
+        assert crew.token not in answer.body
+    assert crew.token not in page.body
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/static/../hyperhive.py", "/static/%2e%2e/hyperhive.py", "/static/..%2fhyperhive.py", "/static/..", "/static/.",
+        "/static/", "/static//etc/passwd", "//etc/passwd", "/static/%2fetc%2fpasswd", "/static/index.html%00.js",
+        "/static/app.css/", "/static/..\\hyperhive.py", "/../../../../etc/passwd", "/static/APP.CSS",
+    ],
+)  # fmt: skip
+def test_nothing_else_is_served_as_a_file(crew: Hive, path: str) -> None:
+    answer = raw(crew, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert refused(answer, 404, "not_found")
+
+
+# ── GET ──
+
+
+def test_each_get_answers_with_its_keys(crew: Hive) -> None:
+    with crew.agent("manager") as manager:
+        approval = manager.ask("request_spawn", name="shown", description="to be shown")["id"]
+    keys = {
+        "/healthz": {"ok"},
+        "/api/state": {
+            "seq", "version", "now", "hive", "agents", "approvals", "questions", "messages", "deploys", "usage",
+            "attention", "paused_all",
+        },
+        "/api/agents": {"agents"},
+        "/api/agents/alice": {"agent", "events", "questions", "reminders"},
+        "/api/agents/alice/events": {"events"},
+        "/api/approvals": {"approvals"},
+        "/api/approvals?status=pending": {"approvals"},
+        f"/api/approvals/{approval}": {"approval"},
+        f"/api/approvals/{approval}/files": {"files"},
+        "/api/messages?with=alice&before=9&max=2": {"messages"},
+        "/api/questions": {"questions"},
+        "/api/deploys?agent=alice": {"deploys"},
+        "/api/deploys/1": {"deploy"},
+        "/api/schedules": {"schedules"},
+        "/api/usage?days=3": {"usage"},
+        "/api/audit?max=5": {"audit"},
+    }  # fmt: skip
+    for path, expected in keys.items():
+        answer = crew.api("GET", path)
+        assert answer.status == 200 and answer.body.keys() == expected, path
+    assert {"name", "containers", "rehearsal", "domain", "home"} == crew.api("GET", "/api/state").body["hive"].keys()
+    assert {"diff", "files"} <= crew.api("GET", f"/api/approvals/{approval}").body["approval"].keys()
+    assert crew.api("GET", "/api/deploys/1").body["deploy"]["log"]
+    assert len(crew.api("GET", "/api/audit?max=5").body["audit"]) == 5
+    one = re.compile(r"<number:int>|<name>")
+    gets = {one.sub("*", path) for method, path, _ in TABLE if method == "GET"}
+    tried = {re.sub(r"/\d+|/alice", "/*", path.partition("?")[0]) for path in keys}
+    assert gets - tried == {"/", "/static/*", "/metrics", "/api/stream"} | (gets & {"/api/agents/*/diff"})
+
+
+def test_metrics_are_prometheus_text(crew: Hive) -> None:
+    answer = crew.api("GET", "/metrics")
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    sample = re.compile(r'(hyperhive_[a-z_]+)(?:\{[a-z_]+="[^"\\\n]*"(?:,[a-z_]+="[^"\\\n]*")*\})? (-?\d+(?:\.\d+)?)')
+    declared: dict[str, int] = {}
+    assert answer.body.endswith("\n")
+    for line in answer.body.splitlines():
+        if match := re.fullmatch(r"# TYPE (hyperhive_[a-z_]+) (?:gauge|counter)", line):
+            assert declared.setdefault(match[1], 0) == 0, "declared twice"
+        elif not re.fullmatch(r"# HELP hyperhive_[a-z_]+ .+", line):
+            match = sample.fullmatch(line)
+            assert match and match[1] in declared, line
+            declared[match[1]] += 1
+    assert {"hyperhive_agents", "hyperhive_messages", "hyperhive_cost_today_usd"} <= declared.keys()
+    assert all(declared.values())
+
+
+# ── POST ──
+
+
+def test_messages_and_reading_them(crew: Hive) -> None:
+    sent = [crew.api("POST", "/api/messages", {"to": "alice", "body": "hello", "client_id": "same"}).body for _ in "ab"]
+    assert sent[0] == sent[1]
+    everyone = crew.api("POST", "/api/messages", {"to": "*", "body": "hello all"}).body
+    assert len(everyone["ids"]) == 3
+    with crew.agent("alice") as alice:
+        (mine,) = (row for row in alice.ask("inbox", max=100)["messages"] if row["id"] == sent[0]["id"])
+        assert (mine["from"], mine["body"]) == ("operator", "hello")
+        answer = alice.ask("send", to="operator", body="here", in_reply_to=mine["id"])["id"]
+    (row,) = (row for row in crew.api("GET", "/api/messages?with=alice").body["messages"] if row["id"] == answer)
+    assert (row["state"], row["in_reply_to"]) == ("queued", sent[0]["id"])
+    assert crew.api("POST", "/api/messages/read", {"ids": [answer]}).body == {"read": 1}
+    assert crew.api("POST", "/api/messages/read", {"ids": [answer, 10**6]}).body == {"read": 0}
+
+
+def test_questions(crew: Hive) -> None:
+    with crew.agent("bob") as bob:
+        answered, cancelled = (bob.ask("ask", question="Which?", options=["a", "b"])["id"] for _ in range(2))
+        assert crew.api("POST", f"/api/questions/{answered}/answer", {"text": "b"}).body["question"]["answer"] == "b"
+        assert refused(crew.api("POST", f"/api/questions/{answered}/answer", {"text": "a"}), 409, "conflict")
+        assert crew.api("POST", f"/api/questions/{cancelled}/cancel", {}).status == 200
+        assert refused(crew.api("POST", "/api/questions/10000/cancel", {}), 404, "not_found")
+        told = [row["data"] for row in bob.ask("inbox", max=100)["messages"] if row.get("kind") == "question_answered"]
+    assert [(data["question"], data["outcome"]) for data in told] == [(answered, "answered"), (cancelled, "cancelled")]
+
+
+def test_decisions(crew: Hive) -> None:
+    with crew.agent("manager") as manager:
+        yes, no = (manager.ask("request_spawn", name=name, description="helps")["id"] for name in ("yes", "no"))
+    stale = crew.api("POST", f"/api/approvals/{yes}/approve", {"sha": "0" * 40})
+    assert refused(stale, 409, "stale")
+    stale = crew.api("POST", f"/api/approvals/{yes}/approve", {"digest": "0" * 16})
+    assert refused(stale, 409, "stale")
+    shown = crew.api("GET", f"/api/approvals/{yes}").body["approval"]
+    for _ in range(2):  # twice is once
+        answer = crew.api("POST", f"/api/approvals/{yes}/approve", {"note": "good", "digest": shown["digest"]})
+        assert answer.body["approval"]["status"] == "approved"
+    assert crew.api("POST", f"/api/approvals/{no}/deny", {"note": "bad"}).body["approval"]["note"] == "bad"
+    assert refused(crew.api("POST", f"/api/approvals/{no}/approve", {}), 409, "conflict")
+    wait_for(lambda: crew.api("GET", f"/api/approvals/{yes}").body["approval"].get("phase") == "deployed", "the deploy")
+    assert len(crew.api("GET", "/api/deploys?agent=yes").body["deploys"]) == 1
+
+
+def test_an_agents_life_by_its_actions(hive: Hive) -> None:
+    def do(action: str, **body: Any) -> Any:
+        answer = hive.api("POST", f"/api/agents/dora/{action}", body)
+        assert answer.status == 200, (action, answer.body)
+        return answer.body
+
+    def agent() -> dict[str, Any]:
+        row: dict[str, Any] = hive.api("GET", "/api/agents/dora").body["agent"]
+        return row
+
+    deploy = hive.api("POST", "/api/agents", {"name": "dora", "description": "explores"}).body["deploy_id"]
+    wait_for(lambda: hive.phase(deploy) == "deployed", "the deploy")
+    wait_for(lambda: agent()["state"] == "idle", "dora to be idle")
+    assert (agent()["description"], agent()["running"], agent()["manager"]) == ("explores", True, False)
+    do("model", model="other")
+    wait_for(lambda: agent().get("active_model") == "other", "the other model")
+    do("pause")
+    assert agent()["paused"] and agent()["state"] == "paused"
+    do("resume")
+    for action, running in (("stop", False), ("start", True), ("kill", False), ("restart", True)):
+        do(action)
+        assert agent()["running"] is running, action
+    deploy = do("rebuild")["deploy_id"]
+    wait_for(lambda: hive.phase(deploy) == "deployed", "the second deploy")
+    assert refused(hive.api("POST", "/api/agents/dora/rollback", {}), 404, "not_found")
+    wait_for(lambda: agent()["state"] == "idle", "dora to be back")
+    do("login_begin")
+    wait_for(lambda: agent().get("login", {}).get("phase") == "code_wanted", "an address to sign in at")
+    do("login_finish", code="right#code")
+    wait_for(lambda: agent()["login"]["phase"] == "done", "the sign-in")
+    for action in ("interrupt", "compact", "new_session", "login_cancel"):
+        do(action)
+    wait_for(lambda: hive.api("POST", "/api/agents/dora/destroy", {"confirm": "dora"}).status == 200, "dora's end")
+    assert agent()["kept"] and hive.api("GET", "/api/state").body["agents"] == []
+    do("destroy", confirm="dora", purge=True)
+    assert refused(hive.api("GET", "/api/agents/dora"), 404, "unknown_agent")
+
+
+def test_pause_all_and_schedules(crew: Hive) -> None:
+    for paused in (True, False):
+        assert crew.api("POST", "/api/pause_all", {"paused": paused}).body == {}
+        assert crew.api("GET", "/api/state").body["paused_all"] is paused
+    schedule = {"to": "alice", "body": "look around", "first": "2030-01-31T08:00:00.000Z", "every_s": 60}
+    number = crew.api("POST", "/api/schedules", schedule).body["id"]
+    (row,) = (row for row in crew.api("GET", "/api/schedules").body["schedules"] if row["id"] == number)
+    assert row.items() >= schedule.items() and row["next"] == schedule["first"]
+    assert crew.api("POST", f"/api/schedules/{number}/cancel", {}).status == 200
+    assert refused(crew.api("POST", f"/api/schedules/{number}/cancel", {}), 404, "not_found")
+    assert refused(crew.api("POST", "/api/schedules", {**schedule, "to": "nobody"}), 404, "unknown_agent")
+
+
+def test_older_events_come_from_the_agent_itself(hive: Hive) -> None:
+    """The host keeps the newest; what a page asks beyond them is not mixed in with those, it is shown and forgotten."""
+    event = {"at": "2030-01-31T08:00:00Z", "turn": 1, "kind": "text", "data": {"text": "x"}}
+    with hive.spawn("alice").agent("alice") as alice:
+        seen = alice.ask("hello", harness_version="0", last_event=10**6)["last_event"]
+        for start in range(seen + 1, seen + 2501, 500):
+            assert alice.ask("report", events=[{"id": start + n, **event} for n in range(500)])["ok"]
+        newest = seen + 2500
+        kept = hive.api("GET", f"/api/agents/alice/events?before={newest - 1990}&max=300").body["events"]
+        ids = [row["id"] for row in kept]
+        assert ids == list(range(newest - 1999, newest - 1990))
+        (control,) = (item for item in alice.ask("lease", wait_s=5)["control"] if item["do"] == "send_history")
+        assert control == {"do": "send_history", "before": newest - 1999, "max": 291}
+        with Stream(hive, "?agent=alice") as stream:
+            stream.next()
+            alice.ask("report", events=[{"id": 5, **event}])
+            assert stream.until("events")["events"][0]["id"] == 5
+    shown = [row["id"] for row in hive.api("GET", "/api/agents/alice").body["events"]]
+    assert shown == list(range(newest - 299, newest + 1))
+
+
+# ── the stream ──
+
+
+class Event(NamedTuple):
+    id: str
+    event: str
+    data: Any
+
+    @property
+    def number(self) -> int:
+        return int(self.id.rpartition("-")[2])
+
+
+class Stream:
+    """GET /api/stream as a browser reads it."""
+
+    def __init__(self, hive: Hive, query: str = "", *, after: str = "") -> None:
+        headers = {"Authorization": f"Bearer {hive.token}", **({"Last-Event-ID": after} if after else {})}
+        self.connection = http.client.HTTPConnection("127.0.0.1", hive.port, timeout=30)
+        self.connection.request("GET", f"/api/stream{query}", headers=headers)
+        self.response = self.connection.getresponse()
+        self.headers = self.response.headers
+        assert self.response.status == 200
+
+    def next(self) -> Event:
+        fields: dict[str, str] = {}
+        while line := self.response.readline().decode():
+            if line == "\n" and fields:
+                return Event(fields["id"], fields["event"], json.loads(fields["data"]))
+            if line != "\n" and not line.startswith(":"):
+                key, _, value = line.rstrip("\n").partition(": ")
+                fields[key] = value
+        raise EOFError("the stream has ended")
+
+    def until(self, kind: str) -> dict[str, Any]:
+        """The next change of this kind."""
+        while (event := self.next()).event != "change" or event.data["kind"] != kind:
+            pass
+        change: dict[str, Any] = event.data
+        return change
+
+    def ended(self) -> bool:
+        try:
+            while True:
+                self.next()
+        except (EOFError, http.client.IncompleteRead, ConnectionResetError):
+            return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.response.close()
+        self.connection.close()
+
+
+def pauses(hive: Hive, *names: str) -> None:
+    """Two changes a name, the second takes back the first."""
+    for name in names:
+        for paused in (True, False):
+            hive.ask(cmd="set_paused", name=name, paused=paused)
+
+
+def test_a_stream_begins_with_a_snapshot_and_goes_on_with_changes(crew: Hive) -> None:
+    with Stream(crew) as stream:
+        first = stream.next()
+        state = crew.api("GET", "/api/state").body
+        assert first.event == "snapshot" and first.data["seq"] == first.id == state["seq"]
+        assert first.data.keys() == state.keys() and first.data["agents"] == state["agents"]
+        sent = crew.api("POST", "/api/messages", {"to": "alice", "body": "streamed"}).body["id"]
+        crew.ask(cmd="set_paused", name="alice", paused=True)
+        crew.ask(cmd="set_paused", name="alice", paused=False)
+        seen = []
+        while not (
+            seen and seen[-1].data == {"kind": "agent", "row": crew.api("GET", "/api/agents/alice").body["agent"]}
+        ):
+            seen.append(stream.next())
+    assert [event.event for event in seen] == ["change"] * len(seen)
+    assert [event.number for event in seen] == list(range(first.number + 1, first.number + 1 + len(seen)))
+    (message,) = (event.data["row"] for event in seen if event.data["kind"] == "message")
+    assert (message["id"], message["body"], message["state"]) == (sent, "streamed", "queued")
+
+
+def test_every_kind_of_change_is_streamed(hive: Hive) -> None:
+    with Stream(hive, "?agent=dora") as stream, Stream(hive) as other:
+        stream.next()
+        hive.spawn("manager", "dora")
+        assert stream.until("deploy")["row"]["agent"] == "manager"
+        assert stream.until("deploy_log")["lines"]
+        with hive.agent("dora") as dora, hive.agent("manager") as manager:
+            event = {"id": 10**6, "at": "2030-01-31T08:00:00Z", "turn": 1, "kind": "text", "data": {"text": "hi"}}
+            usage = dict.fromkeys(("input_tokens", "output_tokens", "cache_read_tokens", "cache_creation_tokens"), 1)
+            usage |= {"turn": "t", "duration_ms": 1, "cost_usd": 0.25}  # type: ignore[dict-item]
+            dora.ask("report", events=[event], usage=usage)
+            assert stream.until("usage") == {"kind": "usage", "today_usd": 0.25}
+            shown = stream.until("events")
+            assert shown["agent"] == "dora" and shown["events"][0]["data"] == {"text": "hi"}
+            dora.ask("ask", question="Which?")
+            assert stream.until("question")["row"]["question"] == "Which?"
+            assert [row["kind"] for row in stream.until("attention")["rows"]] == ["question"]
+            manager.ask("request_spawn", name="eve", description="helps")
+            assert stream.until("approval")["row"]["agent"] == "eve"
+        hive.ask(cmd="destroy", name="dora")
+        assert stream.until("agent_gone")["name"] == "dora"
+        kinds = set()
+        while "agent_gone" not in kinds:
+            event = other.next()
+            kinds |= {event.data["kind"]} if event.event == "change" else set()
+        assert "events" not in kinds  # those are only for who asked
+
+
+def test_a_stream_that_comes_back_gets_exactly_what_it_missed(crew: Hive) -> None:
+    with Stream(crew) as whole:
+        first = whole.next()
+        pauses(crew, "alice")
+        with Stream(crew) as other:
+            other.next()
+            pauses(crew, "bob")
+            last = other.next()
+        pauses(crew, "alice", "bob")
+        everything = [first]
+        with Stream(crew, after=last.id) as again:
+            sent = crew.api("POST", "/api/messages", {"to": "alice", "body": "the last"}).body["id"]
+            missed = [again.next()]
+            for events, stream in ((everything, whole), (missed, again)):
+                while events[-1].data.get("row", {}).get("id") != sent:
+                    events.append(stream.next())
+    assert missed == everything[everything.index(last) + 1 :]
+
+
+@pytest.mark.parametrize(
+    "after", ["", "x", "0-0", "{epoch}-", "{epoch}--1", "{epoch}-1x", "{epoch}-99999999999", "x-1", "-1"]
+)
+def test_an_id_that_says_nothing_gets_a_snapshot(crew: Hive, after: str) -> None:
+    epoch = crew.api("GET", "/api/state").body["seq"].rpartition("-")[0]
+    with Stream(crew, after=after.format(epoch=epoch)) as stream:
+        assert stream.next().event == "snapshot"
+
+
+def test_an_id_from_before_a_restart_or_a_gap_gets_a_snapshot(hive: Hive) -> None:
+    with Stream(hive.spawn("alice")) as stream:
+        old = stream.next().id
+    wait_for(lambda: len(streams_of(hive)) == 0, "the stream to be gone")
+    pauses(hive, "alice")  # nobody listens: changes are not kept
+    with Stream(hive, after=old) as stream:
+        assert stream.next().event == "snapshot"
+    hive.stop()
+    hive.start()
+    with Stream(hive, after=old) as stream:
+        assert stream.next().event == "snapshot"
+
+
+def streams_of(hive: Hive) -> list[Any]:
+    """The daemon's TCP connections that are open at both ends, where no other request is under way."""
+    assert hive.daemon is not None
+    connections = psutil.Process(hive.daemon.pid).net_connections("tcp")
+    return [connection for connection in connections if connection.status == psutil.CONN_ESTABLISHED]
+
+
+def test_200_open_streams_take_no_thread_each_and_vanish(hive: Hive) -> None:
+    assert hive.daemon is not None
+    daemon = psutil.Process(hive.daemon.pid)
+    with ExitStack() as stack:
+        for _ in range(20):  # the web server's threads are all there
+            stack.enter_context(Stream(hive)).next()
+        before = daemon.num_threads()
+        streams = [stack.enter_context(Stream(hive)) for _ in range(180)]
+        assert all(stream.next().event == "snapshot" for stream in streams)
+        assert daemon.num_threads() <= before
+        for _ in range(20):
+            assert hive.api("GET", "/healthz", token=None).status == 200
+        hive.ask(cmd="token")
+        sent = hive.spawn("alice").api("POST", "/api/messages", {"to": "alice", "body": "to all"}).body["id"]
+        for stream in streams[::30]:
+            while stream.until("message")["row"]["id"] != sent:
+                pass
+    wait_for(lambda: not streams_of(hive), "every stream to be gone")
+
+
+def test_a_stream_that_is_not_read_is_dropped_and_disturbs_nobody(hive: Hive) -> None:
+    hive.spawn("alice")
+    with Stream(hive) as reads, Stream(hive) as stalls:
+        reads.next()
+        body, sent = "x" * 60_000, 0
+        while len(streams_of(hive)) > 1 and sent < 300:
+            number = hive.api("POST", "/api/messages", {"to": "alice", "body": body}).body["id"]
+            while reads.until("message")["row"]["id"] != number:
+                pass
+            sent += 1
+        assert len(streams_of(hive)) == 1, "the stalled stream is still there"
+        assert stalls.ended()
+        hive.api("POST", "/api/messages", {"to": "operator", "body": "still there?"})
+        assert reads.until("message")["row"]["body"] == "still there?"
+
+
+def test_a_stream_needs_http_1_1(crew: Hive) -> None:
+    answer = raw(crew, f"GET /api/stream HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer {crew.token}\r\n\r\n")
+    assert refused(answer, 400, "bad_request") and "HTTP/1.1" in answer.body["error"]
+
+
+# ── the port ──
+
+
+@contextmanager
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", free_ports())) as taken:
+        yield taken.getsockname()[1]
+
+
+def serve(folder: Path, port: int) -> subprocess.Popen[str]:
+    command = [*HYPERHIVE, "serve", "--dir", str(folder), "--port", str(port), "--containers", "process"]
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_a_port_in_use_is_waited_for_and_the_wait_ends_at_a_signal(folder: Path) -> None:
+    with taken_port() as port, serve(folder, port) as daemon:
+        assert daemon.stdout
+        warning = daemon.stdout.readline()
+        assert f"port {port} is in use by pid {psutil.Process().pid}" in warning and "trying again" in warning
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(timeout=10) == 0
+
+
+def test_a_port_that_stays_in_use_is_named_with_its_holder(folder: Path) -> None:
+    with taken_port() as port:
+        with serve(folder, port) as daemon:
+            out, _ = daemon.communicate(timeout=60)
+        assert daemon.returncode == 1
+        *warnings, error, hint = out.splitlines()
+        assert len(warnings) == hyperhive.BIND_TRIES
+        assert f"port {port} is in use by pid {psutil.Process().pid}" in error and "choose another port" in hint
+
+
+def test_a_second_daemon_on_the_same_folder_is_refused(hive: Hive) -> None:
+    with serve(hive.folder, free_ports()) as second:
+        out, _ = second.communicate(timeout=30)
+    assert second.returncode == 1 and hive.daemon and f"pid {hive.daemon.pid}" in out
+    assert hive.ask(cmd="list")["ok"]
