@@ -956,7 +956,8 @@ class ClaudeProcess:
 
     def __init__(self, config: Config, launch: Launch, inbox: Inbox) -> None:
         self.launch, self._inbox = launch, inbox
-        self.began = False  # whether it has said `init`: a lost session never does
+        self.began = False  # whether it has said `init`
+        self.lost = False  # whether it ended a turn before that: it does not know the session to be resumed
         self.cost_usd = 0.0  # what it has counted so far
         self.tasks: set[str] = set()  # that run in the background
         self._garbage: str | None = None
@@ -1802,7 +1803,7 @@ class Agent:
             case "interrupt":
                 self._interrupt("operator")
             case "compact":
-                self._compact_wanted = True
+                self._compact_wanted = self.session.session is not None
             case "new_session":
                 self._new_session_wanted = True
             case "set_model":
@@ -1852,7 +1853,8 @@ class Agent:
             self._login = None
             self._note("Signed in." if news.phase == "done" else f"The sign-in failed: {news.error}")
         if news.phase == "done":
-            self._end_process()  # a new one reads the new credentials
+            if self._turn is None:
+                self._end_process()  # a new one reads the new credentials
             if self._park and self._park.failure is Failure.SIGN_IN:
                 self._park = None
         self._refresh()
@@ -1927,7 +1929,7 @@ class Agent:
                 if text:
                     self.journal.partial(self._writing)
             case Ended() if process.launch.resume and not process.began:
-                pass  # the session is unknown; the command ends now, and that is handled
+                process.lost = True  # the command ends now; what follows is done then
             case Ended():
                 self._on_ended(process, self._turn or self._turn_of_its_own(), event)
             case _:
@@ -2073,7 +2075,7 @@ class Agent:
         why = gone.garbage or f"Status {gone.status}. {gone.complaint}".strip()
         if turn is None:
             self._note(f"Claude ended by itself. {why}")
-        elif process.launch.resume and not process.began and gone.status > 0:
+        elif process.lost:
             self._forget_session("The session is not known here any more; a new one begins.")
             turn.unread.clear()
             turn.text = as_prompt(turn.messages.values()) or turn.text  # with what was passed in meanwhile
@@ -2085,7 +2087,7 @@ class Agent:
             self._finish(turn, "interrupted", 0.0, None)
         else:
             stalled = turn.interrupted_by == "watchdog"
-            self._fail(turn, Failure.STALLED if stalled else Failure.GARBAGE if gone.garbage else Failure.DIED, why)
+            self._fail(turn, Failure.GARBAGE if gone.garbage else Failure.STALLED if stalled else Failure.DIED, why)
 
     def _end_process(self) -> None:
         process, self._process = self._process, None
@@ -2993,6 +2995,8 @@ class Rehearsal:
         if resume != self._transcript.exists():
             unknown = f"No conversation found with session ID: {self._session}"
             print(unknown if resume else "Session ID is already in use.", file=sys.stderr)
+            if resume:
+                self._result(CutShort("", None), 0)
             return False
         self._transcript.parent.mkdir(parents=True, exist_ok=True)
         if resume:

@@ -121,6 +121,18 @@ def test_failures_of_the_service_are_told_apart(
     assert host.mail[message]["blamed"] == 0
 
 
+def test_an_unknown_session_begins_a_new_one(harness: Harness) -> None:
+    host = harness.host
+    host.wait_acked(host.put("one"))
+    harness.stop()
+    for transcript in harness.folder.glob("claude/projects/*/*.jsonl"):
+        transcript.unlink()
+    harness.start()
+    host.wait_acked(host.put("two"))
+    host.wait(lambda: any("not known here" in note["text"] for note in host.of("note")), "a note of it")
+    assert not host.of("turn_end", outcome="failed")
+
+
 def test_compacting_and_a_new_session(harness: Harness) -> None:
     host = harness.host
     host.wait_acked(host.put(script(shell("echo something"), {"text": "Something to compact."})))
