@@ -4901,6 +4901,11 @@ class Gate:
             recent.append(moment)
 
 
+def header_of(request: Any, name: str) -> str:
+    """As the bytes came; bottle itself fails on those that are no UTF-8."""
+    return str(request.environ.get(f"HTTP_{name.upper().replace('-', '_')}", ""))
+
+
 def host_of(header: str) -> str:
     """The name in a Host header, without its port, in lower case; an IPv6 address keeps its brackets."""
     name = header.strip().lower()
@@ -4929,12 +4934,12 @@ class Guard:
         return guarded
 
     def _admit(self) -> None:
-        request, host = self._request, self._request.get_header("Host", "")
+        request, host = self._request, header_of(self._request, "Host")
         self._gate.check_host(host)
         if not request.route.config.get("open", False):
-            self._gate.check_token(request.get_header("Authorization", ""), request.remote_addr or "")
+            self._gate.check_token(header_of(request, "Authorization"), request.remote_addr or "")
         if request.method not in ("GET", "HEAD"):
-            self._gate.check_origin(request.get_header("Origin", ""), host)
+            self._gate.check_origin(header_of(request, "Origin"), host)
             if (request.content_type or "").partition(";")[0].strip().lower() != "application/json":
                 raise Refused("bad_type", "the body must be JSON", "send Content-Type: application/json")
 
@@ -5146,7 +5151,7 @@ class Routes:
         agent = self._request.query.get("agent", "")
         if agent:
             check_name(agent)
-        after = self._request.get_header("Last-Event-ID", "")
+        after = header_of(self._request, "Last-Event-ID")
         if self._request.environ.get("SERVER_PROTOCOL") != "HTTP/1.1":
             raise Refused("bad_request", "the stream needs HTTP/1.1")
         channel = self._request.environ["waitress.client_disconnected"].__self__
