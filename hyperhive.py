@@ -17,8 +17,8 @@ Who is trusted with what (each line is enforced in the room named behind it):
 Rooms, top to bottom; each uses only those above it:
 
     Constants and configuration · Errors · Types · Boundary parsing · Processes · Storage · Broker ·
-    Config repositories · Approvals · Containers · Agents · Deploys · Views · Live · Sockets ·
-    Dashboard · Daemon · Command line
+    Config repositories · Approvals · Containers · Agents · Deploys · Views · Live · Notifications ·
+    Sockets · Dashboard · Daemon · Command line
 """
 
 from __future__ import annotations
@@ -141,6 +141,8 @@ class Config:
     port: int = 7000
     domains: tuple[str, ...] = ()
     containers: str = ""
+    notify_url: str = ""
+    notify_format: str = "ntfy"
     manager_autostart: bool = True
     manager_port: int = 8000
     agent_port_base: int = 8100
@@ -275,6 +277,7 @@ STATUS_OF: Final[Mapping[str, int]] = {
     "too_many": 429,
     "too_fast": 429,
     "internal": 500,
+    "unreachable": 502,
     "storage": 507,
 }
 
@@ -609,6 +612,10 @@ def load_config(file: str | None, **overrides: Any) -> Config:
     config = _typed(Config, table | {"limits": limits}, "")
     if config.containers not in ("", "process"):
         raise Refused("usage", f"containers = {config.containers!r} is not known", 'this version has "process"')
+    if config.notify_url and not config.notify_url.startswith(("https://", "http://")):
+        raise Refused("usage", f"notify_url = {config.notify_url!r} is no http address")
+    if config.notify_format not in ("ntfy", "json"):
+        raise Refused("usage", f"notify_format = {config.notify_format!r} is not known", 'use "ntfy" or "json"')
     for name in (MANAGER, "n" * NAME_MAX):
         if len(os.fsencode(config.agent_socket(name))) > SOCKET_PATH_MAX:
             raise Refused(
@@ -3752,6 +3759,89 @@ class Hub:
 
 
 # ──────────────────────────────────────────────────────────────────────────────
+# Notifications
+# ──────────────────────────────────────────────────────────────────────────────
+# The same list that the page shows is watched for what is new, and told to one address: an ntfy topic, or
+# any webhook. What waited already when the daemon started was told before.
+
+NOTIFY_TRIES: Final = 5
+NOTIFY_TIMEOUT_S: Final = 10.0
+
+
+class Notifier:
+    def __init__(self, config: Config, views: Views) -> None:
+        self._config, self._views = config, views
+        self._seen = {row["key"] for row in views.attention()}
+        self._changed, self._closed = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="notify", daemon=True)
+        if config.notify_url:
+            self._thread.start()
+
+    def mark(self) -> None:
+        self._changed.set()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._changed.set()
+        if self._thread.is_alive():
+            self._thread.join(NOTIFY_TIMEOUT_S + 1)
+
+    def send(self, text: str, link: str, count: int) -> None:
+        """One notification, once; `Refused` says why it could not be delivered."""
+        import urllib.error  # only who notifies pays for it
+        import urllib.request
+
+        if not self._config.notify_url:
+            raise Refused("unsupported", "no notify_url is set", "set notify_url to an ntfy topic or a webhook")
+        title = f"hyperhive: {count} wait for you" if count != 1 else "hyperhive: one thing waits for you"
+        if self._config.notify_format == "ntfy":
+            data = text.encode()
+            headers = {"Title": title, "Click": link, "Content-Type": "text/plain; charset=utf-8"}
+        else:
+            data = json.dumps({"title": title, "text": text, "link": link, "count": count}).encode()
+            headers = {"Content-Type": "application/json"}
+        # load_config lets only http addresses pass
+        request = urllib.request.Request(self._config.notify_url, data, headers, method="POST")  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=NOTIFY_TIMEOUT_S):  # noqa: S310
+                pass
+        except (OSError, ValueError) as error:  # urllib's own errors are OSErrors
+            raise Refused("unreachable", f"the notification was not delivered: {error}") from None
+
+    def link_to(self, row: Json) -> str:
+        """The very thing in the dashboard. It holds no token: the browser has that."""
+        if row["kind"] == "approval":
+            return f"{self._config.home_url}#/approvals/{row['id']}"
+        if "agent" in row and row["kind"] != "question":
+            return f"{self._config.home_url}#/agents/{row['agent']}"
+        return f"{self._config.home_url}#/call"
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            self._changed.wait()
+            self._changed.clear()
+            try:
+                rows = self._views.attention()
+                fresh = [row for row in rows if row["key"] not in self._seen]
+                self._seen = {row["key"] for row in rows}
+                for row in fresh:
+                    self._send_again(row, len(rows))
+            except Exception:
+                log.exception("notifications")
+            self._closed.wait(1.0)  # what comes together is told together
+
+    def _send_again(self, row: Json, count: int) -> None:
+        for attempt in range(NOTIFY_TRIES):
+            try:
+                return self.send(row["text"], self.link_to(row), count)
+            except Refused as error:
+                log.warning("%s", error)
+            if self._closed.wait(2.0**attempt):
+                return None
+        return None
+
+
+# ──────────────────────────────────────────────────────────────────────────────
 # Sockets
 # ──────────────────────────────────────────────────────────────────────────────
 # Unix sockets, one JSON object a line. Who speaks is decided by the socket, never by a field. Answers
@@ -4039,6 +4129,7 @@ class Services:
     deploys: Deploys
     views: Views
     hub: Hub
+    notifier: Notifier
     doors: Doors
     token: OperatorToken
 
@@ -5042,6 +5133,7 @@ class Routes:
             "/api/schedules": self.schedule,
             "/api/schedules/<number:int>/cancel": self.cancel_schedule,
             "/api/pause_all": self.pause_all,
+            "/api/notify/test": self.test_notification,
         }
         for method, routes, options in (
             ("GET", open_to_all, {"open": True}),
@@ -5309,6 +5401,11 @@ class Routes:
         pause_everyone(self._s, self._actor, paused=paused)
         return {}
 
+    def test_notification(self) -> Json:
+        self._body().done()
+        self._s.notifier.send("This is a test: notifications reach you.", self._s.config.home_url, 0)
+        return {}
+
 
 def control_agent(services: Services, actor: Actor, name: str, do: Control, fields: Json) -> None:
     """Hand a control item to a harness that is there to take it."""
@@ -5468,13 +5565,21 @@ class Daemon:
         agents = Agents(config, store, broker, approvals, make_containers(config))
         deploys = Deploys(config, store, broker, approvals, repositories, agents)
         views = Views(config, store, agents)
-        hub, doors = Hub(views), Doors()
+        hub, notifier, doors = Hub(views), Notifier(config, views), Doors()
+        self._closers.callback(notifier.close)
         self._closers.callback(hub.close)
         self._closers.callback(doors.close)
         self._closers.callback(broker.leave)
         token = OperatorToken(config.token_file)
-        services = Services(config, store, broker, repositories, approvals, agents, deploys, views, hub, doors, token)
-        store.on_changes = hub.mark
+        services = Services(
+            config, store, broker, repositories, approvals, agents, deploys, views, hub, notifier, doors, token
+        )
+
+        def on_changes(changes: list[tuple[str, Any]]) -> None:
+            hub.mark(changes)
+            notifier.mark()
+
+        store.on_changes = on_changes
         approvals.on_deploy = deploys.wake
         agents.open_door = functools.partial(open_agent_door, services)
         agents.close_door = lambda name: doors.close_one(config.agent_socket(name))
