@@ -2,7 +2,8 @@
 # As root on Debian, missing system packages are installed too: python3-venv, and what the tests run.
 
 PYTHON ?= python3
-TOOLS  := chromium git npm strace
+# Programs that the tests run, and after = the Debian package where its name is another.
+TOOLS  := chromium git nix-instantiate=nix-bin npm strace
 
 PIP  := .venv/bin/python -m pip --disable-pip-version-check --quiet install
 # The pins of pyproject.toml: those of the run time, or with the word `test` those of the tests.
@@ -68,5 +69,5 @@ tests/node_modules/.package-lock.json: tests/package.json tests/package-lock.jso
 
 system:
 	@$(APT) missing=; for tool in $(TOOLS); do \
-		command -v $$tool >/dev/null || apt $$tool || missing="$$missing $$tool"; \
+		command -v $${tool%=*} >/dev/null || apt $${tool#*=} || missing="$$missing $${tool#*=}"; \
 	done; [ -z "$$missing" ] || echo "not installed:$$missing (the tests that need it are skipped)"

@@ -23,7 +23,7 @@ CLAUDE = ROOT / "tests/node_modules/.bin/claude"
 
 # Programs that a CI machine can't have, so that there a test may be skipped for want of them. For want of any
 # other the skip is a failure: an installation step is missing, and a green run would hide it.
-NOT_IN_CI = ("nix", "nixos-container")
+NOT_IN_CI = ("nixos-container",)
 
 
 # ── skips and reports ──

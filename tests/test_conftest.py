@@ -39,7 +39,7 @@ SKIPS = {
     "module": "pytest.skip('not today', allow_module_level=True)",
     "import": "pytest.importorskip('no_such_module')",
     "xfail": "@pytest.mark.xfail(reason='known')\ndef test_it(): assert False",
-    "nix": "import sys, shutil\ndef test_it(): pytest.skip('needs nix, which is not installed')",
+    "nixos": "def test_it(): pytest.skip('needs nixos-container, which is not installed')",
 }
 
 
