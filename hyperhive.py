@@ -1179,6 +1179,9 @@ def _open_database(path: Path) -> sqlite3.Connection:
             )
         for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
             connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
+    except sqlite3.OperationalError as error:  # not its content: nobody should restore a backup for that
+        hint = "is the disk full, or the file somebody else's?"
+        raise Refused("storage", f"{path} can't be opened: {error}", hint) from None
     except sqlite3.Error as error:
         backup = last_backup(path)
         raise Refused(
