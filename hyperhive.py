@@ -1179,9 +1179,6 @@ def _open_database(path: Path) -> sqlite3.Connection:
             )
         for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
             connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
-    except sqlite3.OperationalError as error:  # not its content: nobody should restore a backup for that
-        hint = "is the disk full, or the file somebody else's?"
-        raise Refused("storage", f"{path} can't be opened: {error}", hint) from None
     except sqlite3.Error as error:
         backup = last_backup(path)
         raise Refused(
@@ -2579,7 +2576,7 @@ class ProcessContainers:
         try:
             with path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
-                begin = int(after) if after and after.isdigit() and int(after) <= size else max(0, size - 256 * 1024)
+                begin = int(after) if after and after.isdecimal() and int(after) <= size else max(0, size - 256 * 1024)
                 file.seek(begin)
                 raw = file.read(1024 * 1024)
         except FileNotFoundError:
@@ -3723,7 +3720,7 @@ class Hub:
         """What a stream has not seen since `after`; a snapshot where that can't be told any more."""
         epoch, _, number = stream.after.rpartition("-")
         oldest = self._ring[0][0] if self._ring else self._seq + 1
-        if epoch == self._epoch and number.isdigit() and oldest - 1 <= int(number) <= self._seq:
+        if epoch == self._epoch and re.fullmatch("[0-9]{1,15}", number) and oldest - 1 <= int(number) <= self._seq:
             return b"".join(f for seq, agent, f in self._ring if seq > int(number) and agent in ("", stream.agent))
         return self._snapshot_for(stream)
 
