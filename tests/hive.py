@@ -252,7 +252,7 @@ class Hive:
             text = response.read().decode()
         finally:
             connection.close()
-        is_json = response.headers.get_content_type() == "application/json"
+        is_json = response.headers.get_content_type() == "application/json" and method != "HEAD"
         return Answer(response.status, response.headers, json.loads(text) if is_json else text)
 
     def ask(self, **request: Any) -> dict[str, Any]:

@@ -110,7 +110,13 @@ def test_hosts_that_are_ours(crew: Hive, host: str) -> None:
 
 @posting_route
 def test_a_change_takes_no_foreign_origin_and_only_json(crew: Hive, path: str) -> None:
-    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{crew.port + 1}", f"http://localhost:{crew.port}"):
+    for origin in (
+        "http://evil.example",
+        "null",
+        "é",
+        f"http://127.0.0.1:{crew.port + 1}",
+        f"http://localhost:{crew.port}",
+    ):
         assert refused(crew.api("POST", path, {}, headers={"Origin": origin}), 403, "bad_origin"), origin
     for content in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "application/jsonp"):
         assert refused(crew.api("POST", path, {}, headers={"Content-Type": content}), 415, "bad_type"), content
@@ -191,6 +197,7 @@ def test_headers_are_on_every_answer(crew: Hive) -> None:
         ("GET", "/api/usage?days=-1", 400, "bad_request"),
         ("GET", "/api/audit?max=1e3", 400, "bad_request"),
         ("GET", "/api/stream?agent=..", 400, "bad_name"),
+        ("GET", "/api/deploys?agent=%ff", 400, "bad_name"),
     ],
 )
 def test_a_wrong_address_has_the_one_error_shape(crew: Hive, method: str, path: str, status: int, code: str) -> None:
@@ -289,9 +296,9 @@ def test_the_page_and_its_files_are_open_and_hold_no_data(crew: Hive) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/static/../hyperhive.py", "/static/%2e%2e/hyperhive.py", "/static/..%2fhyperhive.py", "/static/..", "/static/.",
-        "/static/", "/static//etc/passwd", "//etc/passwd", "/static/%2fetc%2fpasswd", "/static/index.html%00.js",
-        "/static/app.css/", "/static/..\\hyperhive.py", "/../../../../etc/passwd", "/static/APP.CSS",
+        "/static/../hyperhive.py", "/static/%2e%2e/hyperhive.py", "/static/..%2fhyperhive.py", "/static/..",
+        "/static/.", "/static/", "/static/app.css/", "/static//etc/passwd", "//etc/passwd", "/static/%2fetc%2fpasswd",
+        "/static/index.html%00.js", "/static/..\\hyperhive.py", "/../../../../etc/passwd", "/static/APP.CSS",
     ],
 )  # fmt: skip
 def test_nothing_else_is_served_as_a_file(crew: Hive, path: str) -> None:
@@ -417,7 +424,8 @@ def test_an_agents_life_by_its_actions(hive: Hive) -> None:
     wait_for(lambda: agent()["state"] == "idle", "dora to be idle")
     assert (agent()["description"], agent()["running"], agent()["manager"]) == ("explores", True, False)
     do("model", model="other")
-    wait_for(lambda: agent().get("active_model") == "other", "the other model")
+    with hive.agent("dora") as dora:
+        assert dora.ask("hello", harness_version="0", last_event=10**6)["model"] == "other"
     do("pause")
     assert agent()["paused"] and agent()["state"] == "paused"
     do("resume")
@@ -605,7 +613,21 @@ def test_a_stream_that_comes_back_gets_exactly_what_it_missed(crew: Hive) -> Non
 
 
 @pytest.mark.parametrize(
-    "after", ["", "x", "0-0", "{epoch}-", "{epoch}--1", "{epoch}-1x", "{epoch}-99999999999", "x-1", "-1"]
+    "after",
+    [
+        "",
+        "x",
+        "é",
+        "0-0",
+        "{epoch}-",
+        "{epoch}-²",
+        "{epoch}-" + "9" * 5000,
+        "{epoch}--1",
+        "{epoch}-1x",
+        "{epoch}-99999999999",
+        "x-1",
+        "-1",
+    ],
 )
 def test_an_id_that_says_nothing_gets_a_snapshot(crew: Hive, after: str) -> None:
     epoch = crew.api("GET", "/api/state").body["seq"].rpartition("-")[0]
