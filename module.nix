@@ -141,6 +141,7 @@ let
         daily_budget_usd = defaults.dailyBudgetUsd;
         warm_s = defaults.warmSeconds;
       }
+      (mkIf (cfg.notifyUrl != null) { notify_url = cfg.notifyUrl; })
       (mkIf (defaults.model != null) { inherit (defaults) model; })
     ];
 
@@ -371,6 +372,16 @@ in
       description = ''
         Users who may use the command line without being root. They are operators: whoever approves configurations
         can become root in every agent's container.
+      '';
+    };
+
+    notifyUrl = mkOption {
+      type = types.nullOr (types.strMatching "https?://.+");
+      default = null;
+      example = "https://ntfy.example.org/hive";
+      description = ''
+        Address that is told what needs the operator: an ntfy topic, or a webhook with
+        `settings.notify_format = "json"`. It lies in the Nix store, readable by all users of this machine.
       '';
     };
 
