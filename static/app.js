@@ -44,11 +44,11 @@ function where() {
   return { route: ROUTES[0], parts: [] };
 }
 
-const approval_known = (id) => state.approvals.find((row) => row.id === Number(id)) ?? (detail(Number(id))?.id ? detail(Number(id)) : null);
+const approval_known = (id) => state.approvals.find((row) => row.id === Number(id)) ?? detail(Number(id)).row;
 
 function one_approval(id) {
   const row = approval_known(id);
-  const error = detail(Number(id))?.error;
+  const { error } = detail(Number(id));
   return [heading(`Request #${id}`, h("a", { href: "#/approvals" }, "All requests")),
     row ? approval_card(row, { keys: true }) : panel({ class: "pad" }, error ? h("p", { class: "refusal", role: "alert" }, error.message) : "Loading…")];
 }
@@ -170,7 +170,10 @@ function start() {
 }
 
 draw_with(draw);
-addEventListener("hashchange", go);
+addEventListener("hashchange", () => {
+  go();
+  requestAnimationFrame(() => document.getElementById("main")?.focus({ preventScroll: true }));
+});
 addEventListener("keydown", on_key);
 document.addEventListener("visibilitychange", changed);
 start();

@@ -2,8 +2,8 @@
 
 import { h } from "./dom.js";
 import { ago, clock, plural, prose, short_sha, span, you_or } from "./text.js";
-import { button, field, draft, plain, refusal, spend_draft, act, is_busy } from "./parts.js";
-import { changed, state } from "./store.js";
+import { act, button, draft, field, fold, is_busy, plain, refusal, spend_draft } from "./parts.js";
+import { changed, on, state } from "./store.js";
 import { get, post } from "./api.js";
 import { diff_view } from "./diff.js";
 import { deploy_card } from "./deploys.js";
@@ -22,27 +22,34 @@ export function request_words({ kind, agent, requested_by, schedule }) {
   return `${wants}: ${kind}`;
 }
 
-// ── What only the request itself tells (the diff), asked for once ────────────────────────────────
-// The commit of a request never changes, so what was read stays true.
+// ── What only the request itself tells (the diff, the thread), asked for once ────────────────────
+// Its digest changes whenever something else would be done: what was read under another one is not shown.
 
-const details = new Map(); // id → approval with diff, or {error}
+const details = new Map(); // id → {asked: digest it was asked for, row?, error?}
 
-export function detail(id) {
-  if (!details.has(id)) {
-    details.set(id, null);
-    load(id);
-  }
+export function detail(id, digest) {
+  const known = details.get(id);
+  if (known && (digest === undefined || digest === known.asked || digest === known.row?.digest)) return known;
+  details.set(id, { asked: digest });
+  load(id, digest);
   return details.get(id);
 }
 
-async function load(id) {
+async function load(id, digest) {
   try {
-    details.set(id, (await get(`/api/approvals/${id}`)).approval);
+    details.set(id, { asked: digest, row: (await get(`/api/approvals/${id}`)).approval });
   } catch (error) {
-    details.set(id, { error });
+    details.set(id, { asked: digest, error });
   }
   changed();
 }
+
+on("approval", (row) => {
+  const known = details.get(row.id);
+  if (known?.row?.digest !== row.digest) return;
+  const { diff, files, touches, thread: messages } = known.row;
+  known.row = { ...row, diff, files, touches, thread: messages };
+});
 
 export function forget_details() { details.clear(); }
 
@@ -51,30 +58,29 @@ export function forget_details() { details.clear(); }
 const note_key = (row) => `note:${row.id}`;
 const group = (row) => `approval:${row.id}`;
 
-/** Approval names the commit that was shown: had it changed, the hive would refuse. */
-async function decide(row, verdict) {
+async function decide(row, verdict, more = {}) {
   const note = draft(note_key(row)).trim();
-  const body = note ? { note } : {};
-  if (verdict === "approve" && row.fetched_sha) body.sha = row.fetched_sha;
-  await post(`/api/approvals/${row.id}/${verdict}`, body);
+  await post(`/api/approvals/${row.id}/${verdict}`, { ...(note && { note }), ...more });
   spend_draft(note_key(row));
-  details.delete(row.id);
 }
 
-const can_approve = (row) => Boolean(detail(row.id));
+/** Approval names what was shown: had it changed, the hive would refuse. */
+const approve = (row) => decide(row, "approve", { digest: detail(row.id, row.digest).row.digest, undo: true });
+const deny = (row) => decide(row, "deny");
+const can_approve = (row) => Boolean(detail(row.id, row.digest).row);
 
 export function press(row, key) {
   if (row.status !== "pending" || is_busy(group(row))) return;
-  if (key === "a" && can_approve(row)) act(group(row), "Approve", () => decide(row, "approve"));
-  if (key === "d") act(group(row), "Deny", () => decide(row, "deny"));
+  if (key === "a" && can_approve(row)) act(group(row), "Approve", () => approve(row));
+  if (key === "d") act(group(row), "Deny", () => deny(row));
 }
 
 function decision(row, keys) {
   return h("div", { class: "card-foot" },
     h("div", { class: "decide" },
       field(note_key(row), { label: `Note to ${you_or(row.requested_by)} (optional)` }),
-      button(group(row), "Deny", () => decide(row, "deny"), { hint: keys && "d", name: `Deny request ${row.id}` }),
-      button(group(row), "Approve", () => decide(row, "approve"), { kind: "main", hint: keys && "a", disabled: !can_approve(row), name: `Approve request ${row.id}` })),
+      button(group(row), "Deny", () => deny(row), { hint: keys && "d", name: `Deny request ${row.id}` }),
+      button(group(row), "Approve", () => approve(row), { kind: "main", hint: keys && "a", disabled: !can_approve(row), name: `Approve request ${row.id}` })),
     refusal(group(row)));
 }
 
@@ -88,7 +94,8 @@ export function approval_card(row, { keys = false, brief = false, ...props } = {
       h("span", { class: "dim" }, h("a", { href: `#/approvals/${row.id}` }, `#${row.id}`), " · ", `asked by ${you_or(row.requested_by)}`, " · ", ago(row.requested_at))),
     row.description && prose(row.description, { class: "card-body reason" }),
     row.schedule && schedule_view(row.schedule),
-    commits(row),
+    row.superseded_by && h("p", { class: "card-line warn" }, "A newer request for the same agent waits: ", h("a", { href: `#/approvals/${row.superseded_by}` }, `#${row.superseded_by}`)),
+    hints(row, brief),
     !brief && changes(row),
     row.status === "pending" ? decision(row, keys) : outcome(row));
 }
@@ -98,22 +105,33 @@ function schedule_view({ to, body, first, every_s }) {
     h("p", { class: "dim" }, `To ${to}, first ${clock(first)}${every_s ? `, then every ${span(every_s * 1000)}` : ", once"}:`), prose(body, { class: "quote" }));
 }
 
-function commits(row) {
-  const facts = [row.base_sha && h("span", { class: "dim" }, "on top of ", h("code", null, short_sha(row.base_sha))),
-    row.fetched_sha && h("span", { class: "dim" }, "commit ", h("code", { title: row.fetched_sha }, short_sha(row.fetched_sha)))].filter(Boolean);
+/** Where it stands, and what it may touch: beside the diff, never instead of it. */
+function hints(row, brief) {
+  const touches = brief ? [] : detail(row.id, row.digest).row?.touches ?? [];
+  const facts = [touches.length > 0 && h("span", null, "Touches ", touches.join(", ")),
+    row.base_sha && h("span", { class: "dim" }, "on top of ", h("code", { title: row.base_sha }, short_sha(row.base_sha))),
+    row.fetched_sha && h("span", { class: "dim" }, "commit ", h("code", { title: row.fetched_sha }, short_sha(row.fetched_sha))),
+    row.proposed_sha && h("span", { class: "dim" }, "edited by you")].filter(Boolean);
   return facts.length > 0 && h("div", { class: "card-line" }, facts);
+}
+
+function thread({ id, thread: messages = [] }) {
+  return messages.length > 0 && fold(`thread:${id}`, `What led to it: ${plural(messages.length, "message")}`, () => h("div", { class: "card-body thread" },
+    messages.map((message) => h("div", { key: message.id },
+      h("p", { class: "row-top" }, h("span", null, you_or(message.from), " → ", you_or(message.to)), h("span", null, clock(message.at))), prose(message.body)))), { class: "file" });
 }
 
 function changes(row) {
   if (row.kind === "schedule_prompt") return null;
-  const more = detail(row.id);
-  if (!more) return h("p", { class: "card-line dim" }, "Reading the change…");
-  if (more.error) {
-    return h("div", { class: "card-line" }, h("p", { class: "refusal", role: "alert" }, "The change can't be shown: ", more.error.message),
+  const { row: more, error } = detail(row.id, row.digest);
+  if (error) {
+    return h("div", { class: "card-line" }, h("p", { class: "refusal", role: "alert" }, "The change can't be shown: ", error.message),
       plain("Try again", () => { details.delete(row.id); changed(); }, { kind: "small" }));
   }
-  if (!more.diff) return null;
-  return h("div", { class: "changes" }, more.files?.length > 1 && h("p", { class: "card-line dim" }, plural(more.files.length, "file")), diff_view(`diff:${row.id}`, more.diff));
+  if (!more) return h("p", { class: "card-line dim" }, "Reading the change…");
+  return h("div", { class: "changes" },
+    more.diff && more.files.length > 1 && h("p", { class: "card-line dim" }, plural(more.files.length, "file")),
+    more.diff && diff_view(`diff:${row.id}`, more.diff), thread(more));
 }
 
 function outcome(row) {
@@ -124,5 +142,7 @@ function outcome(row) {
       row.resolved_at && [", ", ago(row.resolved_at)], row.phase && h("span", { class: "dim" }, ` · ${row.phase}`)),
     row.note && prose(row.note, { class: "quote" }),
     row.error && h("pre", { class: "log", tabindex: "0" }, row.error),
-    running && deploy_card(running, { bare: true }));
+    running && deploy_card(running, { bare: true }),
+    row.undo_until && h("div", { class: "decide" }, h("p", { class: "dim" }, "It begins ", ago(row.undo_until, "until"), "."), button(group(row), "Undo", () => post(`/api/approvals/${row.id}/undo`), { name: `Undo the approval of request ${row.id}` })),
+    refusal(group(row)));
 }

@@ -126,7 +126,7 @@ function notice_card(row, props) {
   return h("article", { ...props, class: `card ${props.class ?? ""}`, "aria-label": title(row) },
     h("header", { class: "card-head" },
       h("div", { class: "card-title" }, h("span", { class: `label ${tone}` }, label), h("h3", null, title(row))),
-      h("span", { class: "dim" }, ago(row.since), agent?.unread > 0 && ` · ${plural(agent.unread, "message")} wait`)),
+      h("span", { class: "dim" }, ago(row.since), agent?.unread > 0 && ` · ${plural(agent.unread, "message")} ${agent.unread === 1 ? "waits" : "wait"}`)),
     h("div", { class: "card-foot" },
       row.kind === "needs_login" && agent ? signin(agent, `/api/agents/${agent.name}`, prose(row.text, { class: "dim" }))
         : h("div", { class: "decide" }, prose(row.text, { class: "dim" }), notice_buttons(row, agent)),

@@ -148,7 +148,7 @@ export function flow_view(thread) {
     panel({ class: "flow" },
       !thread && messages.length > 0 && !at_start() && h("div", { class: "earlier" }, button("flow:earlier", "Earlier…", earlier, { kind: "small" }), refusal("flow:earlier")),
       messages.length === 0 && empty("No message yet. What agents write to each other and to you appears here as it happens."),
-      messages.map((message) => memo(message.id, [JSON.stringify(message), is_new("message", message.id)], () => message_row(message))),
+      messages.map((message) => memo(message.id, [message.state, message.attempts, message.to, is_new("message", message.id)], () => message_row(message))),
       compose(thread)),
   ];
 }

@@ -32,7 +32,7 @@ export function changed() {
 
 const MESSAGES_KEPT = 2000;
 const LOG_LINES_KEPT = 5000;
-const listeners = { events: new Set(), usage: new Set(), roster: new Set() };
+const listeners = { events: new Set(), usage: new Set(), roster: new Set(), approval: new Set() };
 
 /** For what no list of this file holds: `on("events", (agent, events) => …)`, `on("usage", …)`, `on("roster", …)`. */
 export const on = (kind, listener) => listeners[kind].add(listener);
@@ -74,7 +74,11 @@ const CHANGES = {
     sort_agents();
   },
   agent_gone: ({ name }) => { remove(state.agents, name, "name"); tell("roster"); },
-  approval: ({ row }) => (is_open_approval(row) ? replace(state.approvals, row) : remove(state.approvals, row.id)),
+  approval: ({ row }) => {
+    if (is_open_approval(row)) replace(state.approvals, row);
+    else remove(state.approvals, row.id);
+    tell("approval", row);
+  },
   question: ({ row }) => (row.status === "open" ? replace(state.questions, row) : remove(state.questions, row.id)),
   message: ({ row }) => {
     if (replace(state.messages, row)) arrived.add(`message:${row.id}`);

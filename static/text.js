@@ -112,7 +112,7 @@ export function clock(at, seconds = false) {
 const WORDINGS = {
   ago: (ms) => (ms < 5000 ? "just now" : `${span(ms)} ago`),
   for: (ms) => span(ms),
-  until: (ms) => (ms < 0 ? `in ${span(-ms)}` : "now"),
+  until: (ms) => (ms < 0 ? `in ${span(999 - ms)}` : "now"),
 };
 
 /** <time-ago at=… wording="ago|for|until">: words that keep up with the clock by themselves. */
