@@ -614,20 +614,8 @@ def test_a_stream_that_comes_back_gets_exactly_what_it_missed(crew: Hive) -> Non
 
 @pytest.mark.parametrize(
     "after",
-    [
-        "",
-        "x",
-        "é",
-        "0-0",
-        "{epoch}-",
-        "{epoch}-²",
-        "{epoch}-" + "9" * 5000,
-        "{epoch}--1",
-        "{epoch}-1x",
-        "{epoch}-99999999999",
-        "x-1",
-        "-1",
-    ],
+    ["", "x", "é", "0-0", "{epoch}-", "{epoch}-²", f"{{epoch}}-{'9' * 5000}", "{epoch}--1", "{epoch}-1x", "x-1", "-1"],
+    ids=lambda after: after[:12],
 )
 def test_an_id_that_says_nothing_gets_a_snapshot(crew: Hive, after: str) -> None:
     epoch = crew.api("GET", "/api/state").body["seq"].rpartition("-")[0]
