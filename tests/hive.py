@@ -167,7 +167,8 @@ class Hive:
 
     # ── life ──
 
-    def start(self) -> Self:
+    def start(self, *, ready: bool = True) -> Self:
+        """Run the daemon, and unless told otherwise wait until it is `ready`."""
         assert self.daemon is None, "this hive runs already"
         options = ["--dir", self.folder, "--port", str(self.port), "--containers", "process", "--config", self.config]
         with self.log.open("ab") as log:
@@ -175,7 +176,8 @@ class Hive:
                 [*HYPERHIVE, "serve", *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         try:
-            wait_for(self.is_ready, "the daemon to answer /healthz")
+            if ready:
+                wait_for(self.is_ready, "the daemon to answer /healthz")
         except BaseException:
             self.kill()
             self.close()
