@@ -140,7 +140,16 @@ class Config:
     listen_address: str = "127.0.0.1"
     port: int = 7000
     domains: tuple[str, ...] = ()
-    containers: str = ""
+    containers: str = "nixos"
+    conf_dir: Path = Path("/etc/nixos-containers")
+    unit_dir: Path = Path("/run/systemd/system")
+    private_users: str = "pick"
+    memory_max: str = "4G"
+    cpu_quota: str = "200%"
+    tasks_max: int = 4096
+    nixpkgs: str = ""  # the host's, as a path or flake reference; else what the registry calls nixpkgs
+    source: str = ""  # the folder of hyperhive's own flake; else the one this file lies in
+    build_timeout_s: float = 3600.0
     notify_url: str = ""
     notify_format: str = "ntfy"
     manager_autostart: bool = True
@@ -186,6 +195,13 @@ class Config:
 
     def repository(self, name: str) -> Path:
         return self.state_dir / "applied" / name
+
+    def deploy_dir(self, name: str) -> Path:
+        return self.state_dir / "deploy" / name
+
+    @property
+    def source_dir(self) -> Path:
+        return Path(self.source) if self.source else HERE
 
     def agent_dir(self, name: str) -> Path:
         return self.state_dir / "agents" / name
@@ -610,8 +626,8 @@ def load_config(file: str | None, **overrides: Any) -> Config:
     table |= {key: value for key, value in overrides.items() if value is not None}
     limits = _typed(Limits, table.pop("limits", {}), "[limits] ")
     config = _typed(Config, table | {"limits": limits}, "")
-    if config.containers not in ("", "process"):
-        raise Refused("usage", f"containers = {config.containers!r} is not known", 'this version has "process"')
+    if config.containers not in ("nixos", "process"):
+        raise Refused("usage", f"containers = {config.containers!r} is not known", 'there are "nixos" and "process"')
     if config.notify_url and not config.notify_url.startswith(("https://", "http://")):
         raise Refused("usage", f"notify_url = {config.notify_url!r} is no http address")
     if config.notify_format not in ("ntfy", "json"):
@@ -655,6 +671,9 @@ def _typed(cls: type[T], table: Json, where: str) -> T:
 # Processes
 # ──────────────────────────────────────────────────────────────────────────────
 # The one door to child processes. Nothing inherits our environment: a child gets what its caller names.
+
+
+Say = Callable[[Sequence[str]], None]  # takes lines for a log that people read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -708,17 +727,111 @@ def run(
 
 
 def end_process(child: subprocess.Popen[bytes], *, grace_s: float = 2.0) -> None:
-    """Terminate, wait, kill, reap: a no-op for a child that has ended."""
+    """Terminate, wait, kill, reap, with all that it started in its session: a no-op for a child that has ended."""
     if child.poll() is None:
-        child.terminate()
-        try:
+        signal_group(child.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        signal_group(child.pid, signal.SIGKILL)
+        child.wait()
     for pipe in (child.stdin, child.stdout, child.stderr):
         if pipe:
             pipe.close()
+
+
+def signal_group(leader: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, number)
+
+
+class Excerpt:
+    """The first and the last lines of an output of any length; `say` gets the last ones when it is over."""
+
+    HEAD: Final = 256 * 1024
+    TAIL: Final = 64 * 1024
+    LINE: Final = 4096
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._room = self.HEAD
+        self._begun = b""  # a line whose end has not come
+        self._tail = bytearray()
+        self._left_out = 0
+
+    def take(self, chunk: bytes) -> None:
+        head, rest = chunk[: self._room], chunk[self._room :]
+        if self._room:
+            self._room -= len(head)
+            *lines, self._begun = (self._begun + head).split(b"\n")
+            self._pass_on(lines)
+        if not self._room:
+            self._tail += self._begun + rest
+            self._begun = b""
+        if len(self._tail) > 2 * self.TAIL:
+            self._left_out += len(self._tail) - self.TAIL
+            del self._tail[: -self.TAIL]
+
+    def close(self) -> None:
+        rest = self._begun + bytes(self._tail)
+        if self._left_out:
+            begun, _, rest = rest.partition(b"\n")
+            self._say([f"… ({self._left_out + len(begun)} bytes left out) …"])
+        if rest:
+            self._pass_on(rest.removesuffix(b"\n").split(b"\n"))
+
+    def _pass_on(self, lines: list[bytes]) -> None:
+        if lines:
+            self._say([self._text(line) for line in lines])
+
+    def _text(self, line: bytes) -> str:
+        more = f"… ({len(line) - self.LINE} bytes more)" if len(line) > self.LINE else ""
+        return line[: self.LINE].decode(errors="replace").rstrip("\r") + more
+
+
+def run_aloud(
+    argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, say: Say, timeout_s: float, stop: threading.Event
+) -> None:
+    """Run what takes long and talks: its output goes to `say` line by line. `stop` ends it early."""
+    shown = shlex.join(argv)
+    excerpt = Excerpt(say)
+    say([f"$ {shown}"])
+    try:
+        child = subprocess.Popen(
+            argv,
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise Refused("internal", f"can't run {argv[0]}: {error.strerror}", "is it installed and on PATH?") from None
+    try:
+        _follow(child, excerpt, time.monotonic() + timeout_s, stop)
+        if child.poll() is None:
+            why = "the daemon stops" if stop.is_set() else f"it did not end within {timeout_s:g} s"
+            raise Refused("internal", f"{shown} was ended: {why}")
+    finally:
+        end_process(child)
+        excerpt.close()
+    if child.returncode != 0:
+        raise Refused("internal", f"{shown} failed with status {child.returncode}")
+
+
+def _follow(child: subprocess.Popen[bytes], excerpt: Excerpt, deadline: float, stop: threading.Event) -> None:
+    """Read until the child has ended, or until it is time. What it left behind may hold the pipe open for ever."""
+    pipe = typing.cast("typing.IO[bytes]", child.stdout)
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    while not stop.is_set() and time.monotonic() < deadline:
+        if poll.poll(100):
+            chunk = os.read(pipe.fileno(), 256 * 1024)
+            excerpt.take(chunk)
+            if not chunk:
+                poll.unregister(pipe)
+        elif child.poll() is not None:
+            return
 
 
 def start_time_of(pid: int) -> int | None:
@@ -966,6 +1079,12 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     ALTER TABLE approvals ADD COLUMN proposed_sha TEXT;                 -- before the operator's own edit
     ALTER TABLE approvals ADD COLUMN reminded_at INTEGER;
     ALTER TABLE deploys ADD COLUMN not_before INTEGER;                  -- until then the approval can be undone
+    """,
+    """
+    ALTER TABLE agents ADD COLUMN source TEXT;                          -- which hyperhive is built into it
+    ALTER TABLE deploys ADD COLUMN pins TEXT;                           -- the flake inputs that it was built with
+    DROP INDEX deploys_by_approval;
+    CREATE INDEX deploys_by_approval ON deploys (approval);             -- new inputs for all: a deploy for each agent
     """,
 )
 
@@ -1791,6 +1910,7 @@ def message_json(row: sqlite3.Row) -> Json:
 # refused leaves nothing behind. Git runs without any configuration but ours: a bundle carries objects,
 # never config or hooks, and no checkout is ever made.
 
+BUILD_REFS: Final = "refs/builds/"  # Nix fetches a commit by a ref that holds it
 EMPTY_TREE: Final = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # git's own constant for SHA-1 repositories
 DIFF_MAX: Final = 4 * 1024 * 1024
 BUNDLE_MARKS: Final = (b"# v2 git bundle\n", b"# v3 git bundle\n")
@@ -1978,6 +2098,10 @@ class Repositories:
             raise Refused("not_found", f"{name} has no config yet")
         return git("bundle", "create", "--quiet", "-", "refs/heads/main", cwd=self._config.repository(name)), sha
 
+    def hold(self, name: str, sha: str) -> None:
+        """Give a commit that is about to be built a name of its own."""
+        git("update-ref", BUILD_REFS + sha, sha, cwd=self._config.repository(name))
+
     def mark_deployed(self, name: str, sha: str, deploy: int) -> None:
         folder = self._config.repository(name)
         git("update-ref", "refs/heads/main", sha, cwd=folder)
@@ -2135,7 +2259,7 @@ class Approvals:
         limit = self._config.limits.pending_approvals
         if tx.value("SELECT count(*) FROM approvals WHERE status = 'pending'") >= limit:
             raise Refused("too_many", f"{limit} requests wait for the operator already", "wait, or cancel one")
-        if request.kind is Kind.INPUTS:
+        if request.kind is Kind.INPUTS and self._config.containers == "process":
             raise Refused(
                 "unsupported", "the agents of this hive are plain processes: they have no flake inputs to update"
             )
@@ -2338,6 +2462,10 @@ class Approvals:
         elif kind is Kind.APPLY:
             sha = row["fetched_sha"]
             queue_deploy(tx, row["agent"], "apply", sha=sha, approval=row["id"], not_before=not_before)
+        elif kind is Kind.INPUTS:
+            whom = "SELECT name FROM agents WHERE NOT kept AND deployed_sha NOT NULL AND ?1 IN (name, '*')"
+            for agent in tx.execute(whom, row["agent"]).fetchall():
+                queue_deploy(tx, agent["name"], "update", approval=row["id"], not_before=not_before)
         elif kind is Kind.SCHEDULE:
             self._broker.add_schedule(
                 tx, actor, detail["to"], detail["body"], detail["first_at"], detail.get("every_s")
@@ -2393,8 +2521,9 @@ def queue_deploy(
     sha: str | None = None,
     approval: int | None = None,
     not_before: int | None = None,
+    pins: str | None = None,
 ) -> int:
-    row = {"agent": agent, "kind": kind, "sha": sha, "approval": approval, "not_before": not_before}
+    row = {"agent": agent, "kind": kind, "sha": sha, "approval": approval, "not_before": not_before, "pins": pins}
     deploy = tx.insert("deploys", requested_at=now_ms(), **row)
     tx.changed("deploy", deploy)
     return deploy
@@ -2403,24 +2532,47 @@ def queue_deploy(
 # ──────────────────────────────────────────────────────────────────────────────
 # Containers
 # ──────────────────────────────────────────────────────────────────────────────
-# One small interface. `process` runs each harness as a child of this daemon: no isolation, and it says
-# so. A child outlives a daemon that is killed; the next one finds it by its note (pid and start time),
-# so that no turn is lost and no agent runs twice.
+# One small interface, two implementations.
+#
+# `process` runs each harness as a child of this daemon: no isolation, and it says so. A child outlives a
+# daemon that is killed; the next one finds it by its note (pid and start time), so that no turn is lost
+# and no agent runs twice.
+#
+# `nixos` drives `nixos-container`. What bites there, and what is done about it:
+# * `create` writes the conf file before it builds: we build first, and every failed create is followed by destroy.
+# * It builds into `.tmp` of its working directory, and leaves that behind as a root of the garbage collector:
+#   each agent has a directory of its own, and the link is removed.
+# * A second `update` builds the attribute `container` whatever was named before: so ours has that name.
+# * `update` reloads a container that runs, but with the old conf file: we stop it first.
+# * `create` gives each container a private network, in which its page can't be seen: the keys are emptied.
+# * EXTRA_NSPAWN_FLAGS is split at white space and globbed: a path that this would break is refused at start.
+# * systemd would start a crashed container again by itself, and the watch would not see it: a drop-in says no.
 
 
 @dataclasses.dataclass(frozen=True)
 class ContainerState:
     running: bool
-    exit_status: int | None = None  # of the last run, where it is known
+    ended: str = ""  # how the last run ended, where that is known: "status 1", "oom-kill"
 
 
 class Containers(Protocol):
     """What the hive needs of whatever runs its agents. All may raise `Refused`."""
 
     label: str
+    source: str  # names the hyperhive that a deploy builds in; "" where agents run the code that lies here
 
-    def create(self, name: str) -> None: ...
-    def update(self, name: str) -> None: ...
+    def build(self, name: str, sha: str, pins: str, say: Say, *, update: bool) -> str:
+        """Make all that this config needs, with these inputs (`update`: with newer ones), and return its inputs.
+
+        What runs is not touched. Harmless to repeat, wherever an earlier one was broken off.
+        """
+
+    def switch(self, name: str, say: Say) -> None:
+        """Stop it; what was built last is what starts next."""
+
+    def end_builds(self) -> None:
+        """The daemon stops: a build that is under way fails."""
+
     def start(self, name: str) -> None: ...
     def stop(self, name: str, *, graceful: bool) -> None: ...
     def destroy(self, name: str) -> None: ...
@@ -2452,6 +2604,7 @@ class _Running:
 
 class ProcessContainers:
     label = "process"
+    source = ""
     GRACE_S: Final = 12.0  # a harness promises to end in 10
 
     def __init__(self, config: Config) -> None:
@@ -2476,12 +2629,15 @@ class ProcessContainers:
             self._sweep(note.stem)
             note.unlink()
 
-    def create(self, name: str) -> None:
-        """Nothing to build: the folders are the agent's life cycle's."""
+    def build(self, name: str, sha: str, pins: str, say: Say, *, update: bool) -> str:
+        """The config is recorded; there is nothing to build."""
+        return ""
 
-    def update(self, name: str) -> None:
-        """The config is recorded; a process has nothing to switch but itself."""
+    def switch(self, name: str, say: Say) -> None:
         self.stop(name, graceful=True)
+
+    def end_builds(self) -> None:
+        """There are none."""
 
     def start(self, name: str) -> None:
         with self._lock:
@@ -2568,7 +2724,8 @@ class ProcessContainers:
     def states(self) -> dict[str, ContainerState]:
         with self._lock:
             found = {name: running.status() for name, running in self._running.items()}
-        return {name: ContainerState(status is None, status) for name, status in found.items()}
+        known = {name: "" if status in (None, -1) else f"status {status}" for name, status in found.items()}
+        return {name: ContainerState(found[name] is None, ended) for name, ended in known.items()}
 
     def log(self, name: str, lines: int, after: str | None) -> tuple[list[str], str]:
         """The last lines, or those written since the cursor; and the new cursor."""
@@ -2607,14 +2764,408 @@ class ProcessContainers:
             log.warning("stopping %s: %s", name, error)
 
 
-def make_containers(config: Config) -> Containers:
-    if config.containers == "process":
-        return ProcessContainers(config)
-    raise Refused(
-        "usage",
-        "how should agents run? This version knows one way: process",
-        "say --containers process (agents are then plain processes of this user, without isolation)",
+CONF_EMPTIED: Final = (  # each of them, when it is there, makes a private network
+    "HOST_ADDRESS",
+    "LOCAL_ADDRESS",
+    "HOST_ADDRESS6",
+    "LOCAL_ADDRESS6",
+    "LOCAL_MAC_ADDRESS",
+    "HOST_BRIDGE",
+    "HOST_PORT",
+)
+CONF_KEY: Final = re.compile(r"(?:[ \t\r\n]|[#;][^\r\n]*)*([^=\r\n]*)(=?)")
+CONF_PIECE: Final = re.compile(
+    r"""[ \t]* (?: '(?P<single>[^']*) (?:'|\Z)
+                 | "(?P<double>(?:\\.|[^"\\])*) (?:"|\\?\Z)
+                 | (?P<plain>(?:\\.|[^\\\r\n])+) \\?)""",
+    re.VERBOSE | re.DOTALL,
+)
+BINDABLE: Final = re.compile(r"/[\w/.,+@=-]*", re.ASCII)
+OWN_FILES: Final = ("hyperhive.py", "harness.py", "module.nix", "flake.nix", "static")
+
+
+def parse_conf(text: str) -> dict[str, str]:
+    """The assignments of an EnvironmentFile, see systemd.exec(5). Of a key that comes twice the last one counts."""
+    values: dict[str, str] = {}
+    at = 0
+    while at < len(text) and (line := CONF_KEY.match(text, at)):
+        key, assigned = line[1].rstrip(" \t"), line[2]
+        value, at = _conf_value(text, line.end()) if assigned else ("", line.end())
+        if assigned and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+            values[key] = value
+    return values
+
+
+def _conf_value(text: str, at: int) -> tuple[str, int]:
+    """The value that begins here, and where its line ends. Pieces in quotes are joined; a plain one is the last."""
+    value = ""
+    while piece := CONF_PIECE.match(text, at):
+        at = piece.end()
+        if piece["single"] is not None:
+            value += piece["single"]
+        elif piece["double"] is not None:
+            value += re.sub(r'\\(["\\`$])|\\\n', lambda found: found[1] or "", piece["double"])
+        else:
+            bare = re.fullmatch(r"((?:\\.|[^\\])*?)[ \t]*", piece["plain"], re.DOTALL)
+            value += re.sub(r"\\(.)", lambda found: found[1].strip("\r\n"), bare[1] if bare else "", flags=re.DOTALL)
+            break
+    return value, at
+
+
+def render_conf(values: Mapping[str, str]) -> str:
+    def quoted(value: str) -> str:
+        if re.fullmatch(r"[\w@%+=:,./~-]*", value):
+            return value
+        return '"' + re.sub(r'(["\\`$])', r"\\\1", value) + '"'
+
+    return "".join(f"{key}={quoted(value)}\n" for key, value in values.items())
+
+
+def check_bindable(path: Path, what: str) -> None:
+    """Refuse what does not survive unquoted expansion in the start script of a container, or a flake reference."""
+    if not BINDABLE.fullmatch(str(path)):
+        raise Refused(
+            "usage",
+            f"{what} {str(path)!r} can't be used for NixOS containers, which pass paths on unquoted",
+            "choose a path of ASCII letters, digits and / . , + @ = - _ alone",
+        )
+
+
+def nix_string(text: str) -> str:
+    return '"' + re.sub(r'(["\\]|\$\{)', r"\\\1", text).replace("\n", "\\n") + '"'
+
+
+def hash_of_source(folder: Path) -> str:
+    """Names the hyperhive in this folder: equal for equal files."""
+    digest = hashlib.sha256()
+    for name in OWN_FILES:
+        path = folder / name
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def deploy_flake(config: Config, name: str, sha: str) -> str:
+    """The flake that pins one deploy: hyperhive's own source, the host's nixpkgs, and the approved commit."""
+    nixpkgs = f"path:{config.nixpkgs}" if config.nixpkgs.startswith("/") else config.nixpkgs or "flake:nixpkgs"
+    agent = f"git+file://{config.repository(name)}?ref={BUILD_REFS}{sha}&rev={sha}"
+    return f"""\
+# Written by hyperhive for each deploy of {name}; what is changed here is lost.
+{{
+  inputs = {{
+    nixpkgs.url = {nix_string(nixpkgs)};
+    hyperhive.url = {nix_string(f"path:{config.source_dir}")};
+    hyperhive.inputs.nixpkgs.follows = "nixpkgs";
+    agent = {{
+      url = {nix_string(agent)};
+      flake = false;
+    }};
+  }};
+  outputs = inputs: {{
+    nixosConfigurations.container = inputs.hyperhive.lib.mkAgent {{
+      inherit (inputs) nixpkgs agent;
+      name = {nix_string(name)};
+    }};
+  }};
+}}
+"""
+
+
+class NixosContainers:
+    label = "nixos"
+    COMMAND_S: Final = 150.0  # systemd gives a container one minute to start and one and a half to stop
+    LOOK_S: Final = 10.0
+    FRESH_S: Final = 1.0  # how long one look at the states serves
+    UNPINNED: Final = ("agent", "hyperhive")  # inputs that are always those of the deploy itself
+    PASSED: Final = (
+        "HOME",
+        "NIX_PATH",
+        "NIX_REMOTE",
+        "NIX_SSL_CERT_FILE",
+        "SSL_CERT_FILE",
+        "LOCALE_ARCHIVE",
+        "TMPDIR",
+        "http_proxy",
+        "https_proxy",
+        "no_proxy",
+        "HYPERHIVE_TEST_MARK",
     )
+    NIX_SETTINGS: Final = "extra-experimental-features = nix-command flakes\nallow-import-from-derivation = false\n"
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._ending = threading.Event()
+        self._lock = threading.Lock()
+        self._changes = 0  # of ours: a look that began before one is worth nothing after it
+        self._seen: tuple[float, dict[str, ContainerState]] = (0.0, {})
+        missing = [name for name in ("nixos-container", "nix", "systemctl", "journalctl") if not shutil.which(name)]
+        if missing:
+            raise Refused(
+                "usage",
+                f"agents run in NixOS containers, and this machine has no {' and no '.join(missing)}",
+                "set boot.enableContainers on NixOS; elsewhere say --containers process (no isolation)",
+            )
+        if config.private_users not in ("pick", "identity", "no"):
+            raise Refused("usage", f"private_users = {config.private_users!r} is not known", "say pick, identity or no")
+        check_bindable(config.state_dir, "the state folder")
+        check_bindable(config.runtime_dir, "the runtime folder")
+        check_bindable(config.source_dir, "hyperhive's own folder")
+        self.source = hash_of_source(config.source_dir)
+
+    # -- one command each
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            "HOME": str(self._config.state_dir),
+            **{key: os.environ[key] for key in self.PASSED if key in os.environ},
+            "PATH": os.environ.get("PATH", ""),
+            "LC_ALL": "C.UTF-8",
+            "NIX_CONFIG": f"{os.environ.get('NIX_CONFIG', '')}\n{self.NIX_SETTINGS}",
+        }
+
+    def _mark(self, name: str) -> str:
+        """In the environment of builds, so that one whose daemon was killed is found again."""
+        return f"HYPERHIVE_DEPLOY={self._config.deploy_dir(name)}"
+
+    def _folder(self, name: str) -> Path:
+        """Where commands about this container run: some leave things in their working directory."""
+        folder = self._config.deploy_dir(name)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
+
+    def _command(self, verb: str, name: str) -> None:
+        argv = ["nixos-container", verb, f"h-{name}"]
+        try:
+            run(argv, env=self._environment(), cwd=self._folder(name), timeout_s=self.COMMAND_S)
+        finally:
+            self._forget_states()
+
+    def _build(self, name: str, say: Say, *argv: str) -> None:
+        folder, limit = self._folder(name), self._config.build_timeout_s
+        key, _, value = self._mark(name).partition("=")
+        env = self._environment() | {key: value}
+        run_aloud(argv, env=env, cwd=folder, say=say, timeout_s=limit, stop=self._ending)
+
+    def _ask(self, *argv: str) -> str:
+        env = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C.UTF-8"}
+        return run(argv, env=env, timeout_s=self.LOOK_S).text
+
+    # -- whose is it?
+
+    def _conf_file(self, name: str) -> Path:
+        return self._config.conf_dir / f"h-{name}.conf"
+
+    def _conf(self, name: str) -> dict[str, str] | None:
+        try:
+            return parse_conf(self._conf_file(name).read_text(errors="replace"))
+        except FileNotFoundError:
+            return None
+
+    def _is_ours(self, name: str) -> bool:
+        """`create` notes the flake's folder, and ours is a folder that nobody else would name."""
+        conf = self._conf(name)
+        return conf is not None and conf.get("FLAKE") == str(self._config.deploy_dir(name))
+
+    def _refuse_foreign(self, name: str) -> None:
+        if self._conf(name) is not None and not self._is_ours(name):
+            raise Refused(
+                "conflict",
+                f"there is a container h-{name} that this hive did not make",
+                f"remove it (nixos-container destroy h-{name}), or choose another name for the agent",
+            )
+
+    def _must_be_ours(self, name: str) -> None:
+        self._refuse_foreign(name)
+        if self._conf(name) is None:
+            raise Refused("not_found", f"the container h-{name} is gone", f"`rebuild {name}` makes it anew")
+
+    # -- the conf file and the limits
+
+    def rewrite_conf(self, name: str) -> None:
+        """Our keys as they must be, all others as they are, in one step."""
+        kept = self._conf(name) or {}
+        ours = {
+            "PRIVATE_NETWORK": "0",
+            **dict.fromkeys(CONF_EMPTIED, ""),
+            "PRIVATE_USERS": self._config.private_users,
+            "EXTRA_NSPAWN_FLAGS": " ".join(["--drop-capability=CAP_NET_RAW", *self._binds(name)]),
+        }
+        text = render_conf({key: value for key, value in kept.items() if key not in ours} | ours)
+        try:
+            write_atomically(self._conf_file(name), text, mode=0o644)
+        except OSError as error:
+            raise Refused("storage", f"can't write {self._conf_file(name)}: {error.strerror}") from None
+
+    def _binds(self, name: str) -> list[str]:
+        config, agent = self._config, self._config.agent_dir(name)
+        mapped = ":idmap" if config.private_users == "pick" else ""
+        return [
+            f"--bind={agent / 'claude'}:/root/.claude{mapped}",
+            f"--bind={agent / 'state'}:/state{mapped}",
+            f"--bind={config.shared_dir}:/shared{mapped}",
+            f"--bind-ro={config.operator_dir}:/operator{mapped}",
+            f"--bind-ro={config.agent_runtime(name)}:/run/hive{mapped}",
+        ]
+
+    def _drop_in(self, name: str) -> Path:
+        return self._config.unit_dir / f"container@h-{name}.service.d" / "50-hyperhive.conf"
+
+    def _write_limits(self, name: str) -> None:
+        config, path = self._config, self._drop_in(name)
+        text = (
+            f"[Unit]\nStartLimitIntervalSec=0\n[Service]\nRestart=no\n"
+            f"MemoryMax={config.memory_max}\nCPUQuota={config.cpu_quota}\nTasksMax={config.tasks_max}\n"
+        )
+        try:
+            if path.exists() and path.read_text() == text:
+                return
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text, mode=0o644)
+        except OSError as error:
+            raise Refused("storage", f"can't write {path}: {error.strerror}") from None
+        self._ask("systemctl", "daemon-reload")
+
+    # -- building
+
+    def build(self, name: str, sha: str, pins: str, say: Say, *, update: bool) -> str:
+        self._refuse_foreign(name)
+        self._end_leftovers(name)
+        folder = self._folder(name)
+        lock = folder / "flake.lock"
+        if pins:
+            write_atomically(lock, pins)
+        else:
+            lock.unlink(missing_ok=True)
+        write_atomically(folder / "flake.nix", deploy_flake(self._config, name, sha))
+        if update:
+            self._build(name, say, "nix", "flake", "update")
+        attribute = "nixosConfigurations.container.config.system.build.toplevel"
+        self._build(name, say, "nix", "build", "--no-link", "--print-build-logs", f"{folder}#{attribute}")
+        return self._pins(lock)
+
+    def _end_leftovers(self, name: str) -> None:
+        """Builds of a daemon that was killed may go on: two in one directory would spoil each other."""
+        for pid in processes_with(self._mark(name)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _pins(self, lock: Path) -> str:
+        """What was built with, but for the inputs that change with each deploy: Nix locks those anew."""
+        try:
+            locked = json.loads(lock.read_text())
+            inputs = locked["nodes"][locked["root"]]["inputs"]
+            for name in self.UNPINNED:
+                locked["nodes"].pop(inputs.pop(name, None), None)
+            return json.dumps(locked, sort_keys=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("%s is not a lock file that we understand: %s", lock, error)
+            return ""
+
+    def end_builds(self) -> None:
+        self._ending.set()
+
+    # -- life
+
+    def switch(self, name: str, say: Say) -> None:
+        self._refuse_foreign(name)
+        self.stop(name, graceful=True)
+        flake = f"{self._folder(name)}#container"
+        conf = self._conf(name)
+        try:
+            if conf is None or "EXTRA_NSPAWN_FLAGS" not in conf:  # else an earlier create came to its end
+                self._create(name, flake, say)
+            else:
+                self._build(name, say, "nixos-container", "update", f"h-{name}", "--flake", flake)
+        finally:
+            (self._folder(name) / ".tmp").unlink(missing_ok=True)
+        self.rewrite_conf(name)
+
+    def _create(self, name: str, flake: str, say: Say) -> None:
+        if self._conf(name) is not None:
+            self._command("destroy", name)
+        try:
+            self._build(name, say, "nixos-container", "create", f"h-{name}", "--flake", flake)
+        except Refused:
+            if self._is_ours(name):
+                self._command("destroy", name)
+            raise
+
+    def start(self, name: str) -> None:
+        self._must_be_ours(name)
+        self._write_limits(name)
+        self.rewrite_conf(name)
+        self._command("start", name)
+
+    def stop(self, name: str, *, graceful: bool) -> None:
+        if not self._is_ours(name):
+            return
+        try:
+            if self._running(name):
+                self._command("stop" if graceful else "terminate", name)
+        except Refused:
+            if self._running(name):
+                raise
+
+    def destroy(self, name: str) -> None:
+        """Leave nothing of it but what is ours to keep. One that somebody else made is left alone."""
+        if self._is_ours(name):
+            self.stop(name, graceful=True)
+            self._command("destroy", name)
+        elif self._conf(name) is not None:
+            log.warning("h-%s was not made by this hive: it is left as it is", name)
+        remove_tree(self._config.deploy_dir(name))
+        if self._drop_in(name).exists():
+            remove_tree(self._drop_in(name).parent)
+            self._ask("systemctl", "daemon-reload")
+
+    def _running(self, name: str) -> bool:
+        self._forget_states()
+        return self.states().get(name, ContainerState(False)).running
+
+    def _forget_states(self) -> None:
+        with self._lock:
+            self._changes += 1
+            self._seen = (0.0, {})
+
+    def states(self) -> dict[str, ContainerState]:
+        with self._lock:
+            (at, known), change = self._seen, self._changes
+        if time.monotonic() < at + self.FRESH_S:
+            return known
+        states = self._look()
+        with self._lock:
+            if change == self._changes:
+                self._seen = (time.monotonic(), states)
+        return states
+
+    def _look(self) -> dict[str, ContainerState]:
+        """All of them in one call. A unit that systemd has not loaded is missing from its answer: it does not run."""
+        found = {}
+        shown = self._ask("systemctl", "show", "container@h-*", "-p", "Id,ActiveState,SubState,Result,MainPID")
+        for block in shown.split("\n\n"):
+            unit = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+            name = unit.get("Id", "").removeprefix("container@h-").removesuffix(".service")
+            if self._is_ours(name):
+                running = unit["ActiveState"] not in ("inactive", "failed")
+                result = unit.get("Result", "")
+                found[name] = ContainerState(running, "" if running or result == "success" else result)
+        return found
+
+    def log(self, name: str, lines: int, after: str | None) -> tuple[list[str], str]:
+        argv = ["journalctl", "--quiet", "--unit", f"container@h-{name}.service", "--output=cat", "--show-cursor"]
+        argv += [f"--lines={lines}", *([f"--after-cursor={after}"] if after else [])]
+        text = self._ask(*argv).splitlines()
+        mark = "-- cursor: "
+        cursor = text.pop().removeprefix(mark) if text and text[-1].startswith(mark) else after or ""
+        return text, cursor
+
+    def leave(self) -> None:
+        """Containers are systemd's: they run on, and their harnesses wait for the next daemon."""
+
+
+def make_containers(config: Config) -> Containers:
+    return ProcessContainers(config) if config.containers == "process" else NixosContainers(config)
 
 
 # ──────────────────────────────────────────────────────────────────────────────
@@ -2637,8 +3188,14 @@ class Agents:
         self.connected: dict[str, set[object]] = defaultdict(set)  # connections on which a harness said hello
         self.running: frozenset[str] = frozenset()
         self.busy: set[str] = set()  # being deployed: not the watch's business
+        self.starting: dict[str, threading.Thread] = {}  # nor are these
+        self._leaving = False
         self._locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
         self._crashes: dict[str, deque[int]] = defaultdict(deque)
+
+    def hold(self, name: str) -> threading.RLock:
+        """One at a time starts and stops an agent."""
+        return self._locks[name]
 
     def prepare(self, name: str) -> None:
         """Folders, page token and socket; harmless to repeat. They exist before the agent does."""
@@ -2766,15 +3323,47 @@ class Agents:
         self._store.write(work)
 
     def recover(self) -> None:
-        """At start: open every door, start what should run."""
+        """At start: open every door, start what should run. What takes long goes on behind our back."""
+        states = self.containers.states()
         for row in self._store.rows("SELECT * FROM agents WHERE NOT kept AND deployed_sha NOT NULL ORDER BY name"):
+            name = row["name"]
             try:
-                self.prepare(row["name"])
-                if row["wanted"]:
-                    self.containers.start(row["name"])
+                self.prepare(name)
             except (Refused, OSError) as error:
-                log.error("can't start %s: %s", row["name"], error)
+                log.error("can't prepare %s: %s", name, error)
+            if row["wanted"] and not states.get(name, ContainerState(False)).running:
+                self._start_soon(name)
+        self._join_starts(10.0)
         self.look()
+
+    def _start_soon(self, name: str) -> None:
+        """A container may take a minute to start: nothing else waits for it."""
+        thread = threading.Thread(target=self._start_wanted, args=(name,), name=f"start-{name}", daemon=True)
+        self.starting[name] = thread
+        thread.start()
+
+    def _start_wanted(self, name: str) -> None:
+        try:
+            with self._locks[name]:
+                row = self._store.row("SELECT 1 FROM agents WHERE name = ? AND wanted AND NOT kept", name)
+                if row is not None and name not in self.busy and not self._leaving:
+                    self.prepare(name)
+                    self.containers.start(name)
+        except (Refused, OSError) as error:
+            log.error("can't start %s: %s", name, error)
+        finally:
+            self.starting.pop(name, None)
+
+    def _join_starts(self, limit_s: float) -> None:
+        end = time.monotonic() + limit_s
+        for thread in list(self.starting.values()):
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def leave(self) -> None:
+        """The daemon ends."""
+        self._leaving = True
+        self._join_starts(2.0)
+        self.containers.leave()
 
     def look(self) -> None:
         """Compare what runs with what should: called each tick, and after each change of ours."""
@@ -2785,7 +3374,9 @@ class Agents:
             self._store.write(lambda tx: tx.changes.extend(("agent", name) for name in sorted(changed)))
         for row in self._store.rows("SELECT name FROM agents WHERE wanted AND NOT kept AND deployed_sha NOT NULL"):
             name = row["name"]
-            if name not in running and name not in self.busy and self._locks[name].acquire(blocking=False):
+            if name in running or name in self.busy or name in self.starting:
+                continue
+            if self._locks[name].acquire(blocking=False):
                 try:
                     self._crashed(name, states.get(name))
                 finally:
@@ -2800,12 +3391,10 @@ class Agents:
         while recent and recent[0] < now_ms() - CRASH_WINDOW_MS:
             recent.popleft()
         give_up = len(recent) >= self._config.limits.crashes
-        status = "" if state is None or state.exit_status in (None, -1) else f" (status {state.exit_status})"
+        status = f" ({state.ended})" if state is not None and state.ended else ""
         self._store.write(lambda tx: self._report_crash(tx, name, status, give_up=give_up, count=len(recent)))
         if not give_up:
-            self.prepare(name)
-            self.containers.start(name)
-            self.running |= {name}
+            self._start_soon(name)
 
     def _report_crash(self, tx: Tx, name: str, status: str, *, give_up: bool, count: int) -> None:
         if give_up:
@@ -2861,6 +3450,7 @@ class Deploys:
         with self._wake:
             self._closed = True
             self._wake.notify_all()
+        self._agents.containers.end_builds()
         for thread in self._threads:
             thread.join(5)
 
@@ -2885,26 +3475,27 @@ class Deploys:
         return self._again(actor, name, "rebuild", row["deployed_sha"])
 
     def rollback(self, actor: Actor, name: str) -> int:
-        """Deploy the commit that was deployed before the present one."""
-        row = self._agents.living(name)
-        before = self._store.row(
-            "SELECT sha FROM deploys WHERE agent = ? AND phase = 'deployed' AND sha != ? AND requested_at >= ?"
-            " ORDER BY id DESC",
+        """Deploy what was deployed before the present config, or before its present inputs."""
+        self._agents.living(name)
+        now = self._last_deployed(name)
+        before = now and self._store.row(
+            "SELECT d.* FROM deploys d JOIN agents g ON g.name = d.agent WHERE g.name = ? AND d.phase = 'deployed'"
+            " AND d.requested_at >= g.created_at AND (d.sha != ? OR coalesce(d.pins, '') != ?) ORDER BY d.id DESC",
             name,
-            row["deployed_sha"],
-            row["created_at"],  # a namesake that was purged had other commits
+            now["sha"],
+            now["pins"] or "",
         )
         if before is None:
             raise Refused("not_found", f"{name} has no earlier config to go back to")
-        return self._again(actor, name, "rollback", before["sha"])
+        return self._again(actor, name, "rollback", before["sha"], before["pins"])
 
-    def _again(self, actor: Actor, name: str, kind: str, sha: str | None) -> int:
+    def _again(self, actor: Actor, name: str, kind: str, sha: str | None, pins: str | None = None) -> int:
         if sha is None:
             raise Refused("conflict", f"{name} was never deployed")
 
         def work(tx: Tx) -> int:
             tx.audit(actor, kind, name, sha)
-            return queue_deploy(tx, name, kind, sha=sha)
+            return queue_deploy(tx, name, kind, sha=sha, pins=pins)
 
         deploy = self._store.write(work)
         self.wake()
@@ -2943,15 +3534,19 @@ class Deploys:
         name = row["agent"]
         if not self._begin(row):
             return
+        switched = False
         try:
             sha = self._build(row)
             self._phase(row, Phase.SWITCHING)
-            self._switch(row)
+            switched = True
+            with self._agents.hold(name):
+                self._switch(row)
         except (Refused, OSError) as error:
             if self._closed:
                 return  # not its fault: the next start does it again
+            with self._agents.hold(name):
+                self._fall_back(row, switched=switched)
             self._fail(row, str(error))
-            self._fall_back(row)
         else:
             self._repositories.mark_deployed(name, sha, row["id"])
             self._store.write(lambda tx: self._succeed(tx, row, sha))
@@ -2966,8 +3561,26 @@ class Deploys:
         sha = row["sha"] or self._first_commit(row)
         self._store.write(lambda tx: tx.execute("UPDATE deploys SET sha = ? WHERE id = ?", sha, row["id"]))
         self._say(row, f"config {sha[:12]}")
-        self._agents.containers.create(name)
+        pins = row["pins"]
+        if pins is None:
+            before = self._last_deployed(name)
+            pins = before["pins"] if before else None
+        pins = self._make(row, sha, pins, update=row["kind"] == "update")
+        self._store.write(lambda tx: tx.execute("UPDATE deploys SET pins = ? WHERE id = ?", pins, row["id"]))
         return str(sha)
+
+    def _make(self, row: sqlite3.Row, sha: str, pins: str | None, *, update: bool = False) -> str:
+        self._repositories.hold(row["agent"], sha)
+        say = functools.partial(self._say_lines, row)
+        return self._agents.containers.build(row["agent"], sha, pins or "", say, update=update)
+
+    def _last_deployed(self, name: str) -> sqlite3.Row | None:
+        """What an agent runs. Deploys of a namesake that was purged are not its own."""
+        return self._store.row(
+            "SELECT d.* FROM deploys d JOIN agents g ON g.name = d.agent"
+            " WHERE g.name = ? AND d.phase = 'deployed' AND d.requested_at >= g.created_at ORDER BY d.id DESC",
+            name,
+        )
 
     def _first_commit(self, row: sqlite3.Row) -> str:
         """Of a spawn: the proposed config with the operator's edit on top, else what was kept, else the template."""
@@ -2987,17 +3600,27 @@ class Deploys:
     def _switch(self, row: sqlite3.Row) -> None:
         name = row["agent"]
         containers = self._agents.containers
-        containers.update(name)
+        containers.switch(name, functools.partial(self._say_lines, row))
         self._agents.connected.pop(name, None)
         self._say(row, "starting")
-        containers.start(name)
+        try:
+            containers.start(name)
+            self._await_hello(name)
+        except Refused:
+            self._say_lines(row, containers.log(name, 20, None)[0])
+            raise
+        self._say(row, "the harness said hello")
+
+    def _await_hello(self, name: str) -> None:
         end = time.monotonic() + self._config.hello_s
         while not self._agents.connected[name]:
-            if self._closed or time.monotonic() > end or not containers.states()[name].running:
-                tail = "\n".join(containers.log(name, 20, None)[0])
-                raise Refused("internal", f"{name} did not say hello within {self._config.hello_s:g} s", tail)
+            state = self._agents.containers.states().get(name, ContainerState(False))
+            if not state.running:
+                how = f" ({state.ended})" if state.ended else ""
+                raise Refused("internal", f"the container of {name} ended{how} before its harness said hello")
+            if self._closed or time.monotonic() > end:
+                raise Refused("internal", f"{name} did not say hello within {self._config.hello_s:g} s")
             time.sleep(0.05)
-        self._say(row, "the harness said hello")
 
     def _compare_again(self, name: str, sha: str) -> None:
         """What still waits for this agent is now a change to something else than was shown: show that."""
@@ -3011,7 +3634,13 @@ class Deploys:
     def _succeed(self, tx: Tx, row: sqlite3.Row, sha: str) -> None:
         name = row["agent"]
         tx.execute("UPDATE deploys SET phase = 'deployed', ended_at = ? WHERE id = ?", now_ms(), row["id"])
-        tx.execute("UPDATE agents SET deployed_sha = ?, wanted = 1, failed = NULL WHERE name = ?", sha, name)
+        source = self._agents.containers.source
+        tx.execute(
+            "UPDATE agents SET deployed_sha = ?, source = ?, wanted = 1, failed = NULL WHERE name = ?",
+            sha,
+            source,
+            name,
+        )
         tx.audit(SYSTEM_ACTOR, "deployed", name, sha)
         for kind, key in (("deploy", row["id"]), ("agent", name), ("approval", row["approval"])):
             tx.changed(kind, key)
@@ -3037,23 +3666,29 @@ class Deploys:
             tx.changed("deploy", row["id"])
             if row["approval"] is not None:
                 self._approvals.fail(tx, row["approval"], text)
+            if row["kind"] == "spawn":
+                self._approvals.unadmit(tx, row["agent"])
 
         self._store.write(work)
 
-    def _fall_back(self, row: sqlite3.Row) -> None:
-        """Run what ran before; an agent that never ran is not there."""
-        name = row["agent"]
-        agent = self._store.row("SELECT deployed_sha, wanted FROM agents WHERE name = ?", name)
+    def _fall_back(self, row: sqlite3.Row, *, switched: bool) -> None:
+        """Run what ran before; of an agent that never ran, no container stays. A build that failed touched nothing."""
+        name, containers = row["agent"], self._agents.containers
         try:
-            if agent and agent["deployed_sha"] and row["kind"] != "spawn":
-                if agent["wanted"]:
-                    self._agents.containers.start(name)
+            if row["kind"] == "spawn":
+                containers.destroy(name)
+                self._agents.close_door(name)
                 return
-            self._agents.containers.destroy(name)
-            self._agents.close_door(name)
-            self._store.write(lambda tx: self._approvals.unadmit(tx, name))
-        except Refused as error:
+            before = self._last_deployed(name)
+            if before is not None and switched:
+                self._say(row, f"falling back to config {before['sha'][:12]}")
+                self._make(row, before["sha"], before["pins"])
+                containers.switch(name, functools.partial(self._say_lines, row))
+            if self._agents.living(name)["wanted"]:
+                containers.start(name)
+        except (Refused, OSError) as error:
             log.error("falling back after deploy %d: %s", row["id"], error)
+            self._say(row, f"falling back failed: {error}")
 
     def _begin(self, row: sqlite3.Row) -> bool:
         """False for a deploy that was undone in the last moment."""
@@ -3081,10 +3716,14 @@ class Deploys:
         self._say(row, str(phase))
 
     def _say(self, row: sqlite3.Row, line: str) -> None:
+        self._say_lines(row, [line])
+
+    def _say_lines(self, row: sqlite3.Row, lines: Sequence[str]) -> None:
         def work(tx: Tx) -> None:
-            number = tx.value("SELECT coalesce(max(n), 0) + 1 FROM deploy_log WHERE deploy = ?", row["id"])
-            tx.insert("deploy_log", deploy=row["id"], n=number, line=line)
-            tx.changed("deploy_log", (row["id"], line))
+            first = tx.value("SELECT coalesce(max(n), 0) + 1 FROM deploy_log WHERE deploy = ?", row["id"])
+            for number, line in enumerate(lines, start=first):
+                tx.insert("deploy_log", deploy=row["id"], n=number, line=line)
+            tx.changed("deploy_log", (row["id"], tuple(lines)))
 
         self._store.write(work)
 
@@ -3105,7 +3744,9 @@ APPROVAL_SQL: Final = """
     SELECT a.*, d.id AS deploy, d.phase, d.not_before,
         (SELECT max(b.id) FROM approvals b WHERE a.status = 'pending' AND b.status = 'pending' AND b.id > a.id
             AND b.agent = a.agent AND b.kind = a.kind AND a.kind = 'apply_commit') AS superseded_by
-    FROM approvals a LEFT JOIN deploys d ON d.approval = a.id
+    FROM approvals a LEFT JOIN deploys d ON d.id =
+        (SELECT e.id FROM deploys e WHERE e.approval = a.id
+            ORDER BY e.phase = 'deployed', e.phase = 'failed', e.id LIMIT 1)
 """
 # What a line of a config may touch, in a person's words. A hint beside the diff, never a verdict.
 TOUCHES: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
@@ -3165,7 +3806,7 @@ class Views:
             name=row["name"],
             running=running,
             failed=bool(row["failed"]) or (running and row["state"] == HarnessState.FAILED),
-            needs_update=False,  # a process runs the code that lies here: there is nothing older to update
+            needs_update=row["deployed_sha"] is not None and self._agents.containers.source not in ("", row["source"]),
             needs_login=row["state"] in (HarnessState.NEEDS_LOGIN, HarnessState.SIGNING_IN),
             deployed_sha=None if row["deployed_sha"] is None else row["deployed_sha"][:12],
             pending_reminders=row["pending_reminders"],
@@ -3187,7 +3828,8 @@ class Views:
         if row["paused"]:
             return "paused", since
         if not running:
-            return ("starting" if row["name"] in self._agents.busy else "stopped"), since
+            soon = row["name"] in self._agents.busy or row["name"] in self._agents.starting
+            return ("starting" if soon else "stopped"), since
         return ("idle" if said == HarnessState.PAUSED else said), since
 
     def agent_statuses(self, name: str | None = None) -> list[Json]:
@@ -3492,7 +4134,7 @@ class Views:
             deploy = self._store.row("SELECT * FROM deploys WHERE id = ?", key)
             return {"kind": kind, "row": self._deploy(deploy)} if deploy else None
         if kind == "deploy_log":
-            return {"kind": kind, "id": key[0], "lines": [key[1]]}
+            return {"kind": kind, "id": key[0], "lines": list(key[1])}
         if kind == "usage":
             return {"kind": kind, "today_usd": self.spent_today()}
         return None
@@ -5502,6 +6144,35 @@ class Dashboard:
 # ──────────────────────────────────────────────────────────────────────────────
 
 
+class Systemd:
+    """Tells the service manager how we are, see sd_notify(3). Silent where nobody listens."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._address = environment.get("NOTIFY_SOCKET", "")
+        if self._address.startswith("@"):  # an abstract socket
+            self._address = "\0" + self._address[1:]
+        mine = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        usec = environment.get("WATCHDOG_USEC", "") if mine else ""
+        self.beat_s = int(usec) / 1e6 / 3 if usec.isdigit() else 0.0  # how often it wants to hear of us
+        self._beaten = 0.0
+
+    def tell(self, **fields: object) -> None:
+        if not self._address:
+            return
+        text = "\n".join(f"{key}={value}" for key, value in fields.items())
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto(text.encode(), self._address)
+        except OSError as error:
+            log.warning("the service manager can't be told %s: %s", text, error)
+
+    def beat(self) -> None:
+        """We are alive. Called each tick."""
+        if self.beat_s and time.monotonic() > self._beaten + self.beat_s:
+            self._beaten = time.monotonic()
+            self.tell(WATCHDOG=1)
+
+
 class Daemon:
     """Puts the rooms together, keeps time, and takes them apart again in order."""
 
@@ -5509,6 +6180,7 @@ class Daemon:
         self.config = config
         self._stop = threading.Event()
         self._closers = contextlib.ExitStack()
+        self._systemd = Systemd(os.environ)
 
     def run(self, on_ready: Callable[[Services], None] = lambda services: None) -> None:
         """Serve until SIGINT or SIGTERM. `on_ready` is called once, when everything answers."""
@@ -5518,9 +6190,11 @@ class Daemon:
             services = self._begin()
             if services is not None:
                 log.info("ready: %s", self.config.home_url)
+                self._systemd.tell(READY=1, STATUS=f"serving {self.config.home_url}")
                 on_ready(services)
                 self._keep_time(services)
                 log.info("stopping")
+                self._systemd.tell(STOPPING=1, STATUS="stopping")
 
     def _begin(self) -> Services | None:
         """None when a signal came while we waited for the port."""
@@ -5533,7 +6207,7 @@ class Daemon:
         store = Store(config.database)
         self._closers.callback(store.close)
         services = self._assemble(store)
-        self._closers.callback(services.agents.containers.leave)
+        self._closers.callback(services.agents.leave)
         services.approvals.fail_orphans()
         services.agents.recover()
         services.deploys.begin()
@@ -5593,6 +6267,7 @@ class Daemon:
     def _keep_time(self, services: Services) -> None:
         cleaned = 0.0
         while not self._stop.wait(TICK_S):
+            self._systemd.beat()
             chores: list[Callable[[], None]] = [
                 services.broker.expire_waits,
                 services.broker.return_late,
@@ -6150,7 +6825,7 @@ WAIT: Final[Argument] = ("--wait", {"action": "store_true", "help": "show the de
 def add_hive_verbs(verb: Callable[..., None]) -> None:
     """Verbs that are about the hive as a whole."""
     listen: Argument = ("--listen", {"dest": "listen_address", "help": "address to listen on (default 127.0.0.1)"})
-    kind: Argument = ("--containers", {"help": "how agents run: process"})
+    kind: Argument = ("--containers", {"help": "how agents run: nixos (default) or process"})
     browser: Argument = ("--no-browser", {"action": "store_true", "help": "only print the link"})
     claude: Argument = ("--claude", {"metavar": "PATH", "help": "a real Claude Code, instead of the rehearsal"})
     days: Argument = ("--days", {"type": int, "default": 7})
