@@ -148,6 +148,7 @@ class Config:
     cpu_quota: str = "200%"
     tasks_max: int = 4096
     nixpkgs: str = ""  # the host's, as a path or flake reference; else what the registry calls nixpkgs
+    nixpkgs_unstable: str = "github:NixOS/nixpkgs/nixos-unstable"  # where Claude Code comes from
     source: str = ""  # the folder of hyperhive's own flake; else the one this file lies in
     build_timeout_s: float = 3600.0
     notify_url: str = ""
@@ -2855,8 +2856,12 @@ def deploy_flake(config: Config, name: str, sha: str) -> str:
 {{
   inputs = {{
     nixpkgs.url = {nix_string(nixpkgs)};
-    hyperhive.url = {nix_string(f"path:{config.source_dir}")};
-    hyperhive.inputs.nixpkgs.follows = "nixpkgs";
+    nixpkgs-unstable.url = {nix_string(config.nixpkgs_unstable)};
+    hyperhive = {{
+      url = {nix_string(f"path:{config.source_dir}")};
+      inputs.nixpkgs.follows = "nixpkgs";
+      inputs.nixpkgs-unstable.follows = "nixpkgs-unstable";
+    }};
     agent = {{
       url = {nix_string(agent)};
       flake = false;
@@ -2864,8 +2869,9 @@ def deploy_flake(config: Config, name: str, sha: str) -> str:
   }};
   outputs = inputs: {{
     nixosConfigurations.container = inputs.hyperhive.lib.mkAgent {{
-      inherit (inputs) nixpkgs agent;
       name = {nix_string(name)};
+      system = {nix_string(f"{os.uname().machine}-linux")};
+      config = "${{inputs.agent}}/agent.nix";
     }};
   }};
 }}
