@@ -89,19 +89,6 @@ LOG_LINES_MAX: Final = 1000
 CRASH_WINDOW_MS: Final = 600_000
 DAY_MS: Final = 86_400_000
 
-AGENT_TEMPLATE: Final = """\
-# The NixOS configuration of this agent's container. Changes go through the operator:
-# edit a checkout, commit, and ask with request_apply_commit.
-{ pkgs, ... }:
-{
-  # Programs that Claude's shell finds on its PATH.
-  environment.systemPackages = with pkgs; [
-    git
-    ripgrep
-  ];
-}
-"""
-
 Json = dict[str, Any]
 T = TypeVar("T")
 
@@ -2112,6 +2099,11 @@ class Repositories:
         remove_tree(self._config.repository(name))
 
 
+def agent_template() -> str:
+    """The config of an agent for which nobody proposed one; also what the flake's template copies."""
+    return (HERE / "static" / "agent.nix").read_text()
+
+
 def first_diff(text: str) -> str:
     """The diff of a config that does not exist yet: all additions, as git would show it."""
     lines = text.splitlines()
@@ -3595,8 +3587,8 @@ class Deploys:
         detail = json.loads(approval["detail"]) if approval else {}
         if "config" not in detail and head is not None:
             return head
-        text = detail.get("config", AGENT_TEMPLATE)
-        original = detail.get("proposed", text) or AGENT_TEMPLATE
+        text = detail.get("config") or agent_template()
+        original = detail.get("proposed", text) or agent_template()
         head = self._repositories.commit(name, Change(head, original, f"The first config of {name}"))
         if text != original:
             message = "Edited by the operator before the first deploy"
@@ -4820,7 +4812,7 @@ class Requests:
     def _spawn_request(self, name: str, description: str | None, detail: Json) -> Request:
         kept, config = self._s.repositories.head(name), detail.get("config")
         if kept is None:
-            diff = first_diff(config or AGENT_TEMPLATE)
+            diff = first_diff(config or agent_template())
         elif config is None:
             diff = ""
         else:
@@ -4853,7 +4845,7 @@ class Requests:
         config = json.loads(row["detail"]).get("config")
         if config is None and row["base_sha"]:
             return self._s.repositories.files(row["agent"], row["base_sha"])
-        return {"agent.nix": config or AGENT_TEMPLATE}
+        return {"agent.nix": config or agent_template()}
 
     def edit(self, actor: Actor, approval: int, path: str, text: str, digest: str) -> None:
         """The operator betters a proposal before deciding: a commit of theirs on top; both stay on record."""

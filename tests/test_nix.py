@@ -477,4 +477,4 @@ def test_the_template_is_the_hives(nix: Nix, copy: Path) -> None:
     ran = nix.flake("eval", "--raw", f"path:{copy}#templates.default.path")
     assert ran.returncode == 0, ran.stderr
     files = {path.name: path.read_text() for path in Path(ran.stdout).iterdir()}
-    assert files == {"agent.nix": hyperhive.AGENT_TEMPLATE}
+    assert files == {"agent.nix": hyperhive.agent_template()}
