@@ -36,6 +36,7 @@ import functools
 import grp
 import hashlib
 import hmac
+import io
 import json
 import logging
 import os
@@ -856,7 +857,8 @@ def port_holder(port: int) -> str:
         if entry.name.isdigit() and inodes:
             with contextlib.suppress(OSError):
                 if any(str(fd.readlink()) in inodes for fd in (entry / "fd").iterdir()):
-                    return f" by pid {entry.name} ({(entry / 'comm').read_text().strip()})"
+                    name = (entry / "comm").read_text(errors="replace").strip()  # what it calls itself: any bytes
+                    return f" by pid {entry.name} ({name.encode('unicode_escape').decode()})"
     return ""
 
 
@@ -6355,11 +6357,15 @@ ASK_TIMEOUT_S: Final = 60.0
 
 def ask_daemon(config: Config, **request: Any) -> Json:
     """One request at `host.sock`; `Refused` when the daemon says no, or is not there."""
+    try:
+        question = encode_line(without_none(**request))
+    except UnicodeEncodeError:
+        raise Refused("usage", "an argument is no UTF-8") from None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(ASK_TIMEOUT_S)
         try:
             sock.connect(str(config.host_socket))
-            sock.sendall(encode_line(without_none(**request)))
+            sock.sendall(question)
             line = LineReader(sock, 64 * 1024 * 1024).read()
         except PermissionError:
             raise Refused(
@@ -6654,7 +6660,7 @@ def cli_answer(cli: Cli) -> None:
 def cli_logs(cli: Cli) -> None:
     answer = cli.ask("logs", name=cli.args.name, lines=cli.args.lines)
     while True:
-        if not cli.json(answer):
+        if (answer["lines"] or not cli.args.follow) and not cli.json(answer):
             show_lines("\n".join(answer["lines"]))
         if not cli.args.follow:
             return
@@ -6671,8 +6677,8 @@ def cli_events(cli: Cli) -> None:
             last = max(last, event["n"])
             if not cli.args.json:
                 data = visible(json.dumps(event["data"], ensure_ascii=False))[:300]
-                print(f"{event['at']}  {event['agent']:9}  {event['kind']:11}  {data}")
-        if cli.args.json:
+                print(f"{event['at']}  {event['agent']:9}  {visible(event['kind']):11}  {data}")
+        if answer["events"] or not cli.args.follow:
             cli.json(answer)
         if not cli.args.follow:
             return
@@ -6727,9 +6733,9 @@ def cli_doctor(cli: Cli) -> None:
     findings = list(doctor(cli.config))
     if not cli.json({"findings": findings}):
         for finding in findings:
-            print(f"{'ok  ' if finding['ok'] else 'FIX '} {finding['check']}: {finding['found']}")
+            print(f"{'ok  ' if finding['ok'] else 'FIX '} {finding['check']}: {visible(finding['found'])}")
             if not finding["ok"]:
-                print(f"     {finding['fix']}")
+                print(f"     {visible(finding['fix'])}")
     if not all(finding["ok"] for finding in findings):
         raise Refused("conflict", "some of this wants your attention")
 
@@ -6893,6 +6899,8 @@ def config_from(args: argparse.Namespace) -> Config:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows fewer characters than agents do
     args = make_parser().parse_args(argv)
     args.json = getattr(args, "json", False)
     try:
@@ -6901,6 +6909,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refused as error:
         report_error(error, as_json=args.json)
         return 2 if error.code == "usage" else 1
+    except UnicodeDecodeError:
+        report_error(Refused("usage", "standard input is no UTF-8"), as_json=args.json)
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `| head`
