@@ -1289,14 +1289,18 @@ def _open_database(path: Path) -> sqlite3.Connection:
         for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
             connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
     except sqlite3.Error as error:
-        backup = last_backup(path)
-        raise Refused(
-            "storage",
-            f"{path} is damaged: {error}",
-            f"stop the daemon and run `hyperhive.py restore {backup or 'FILE'}`"
-            + ("" if backup else " (no backup is on record)"),
-        ) from None
+        raise _unusable(path, error) from None
     return connection
+
+
+def _unusable(path: Path, error: sqlite3.Error) -> Refused:
+    """Damage is what sqlite calls damage, or what its check found: not a full disk, nor a file that isn't ours."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is not None and code & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return Refused("storage", f"{path} can't be used: {error}", "is the disk full, or the file another user's?")
+    backup = last_backup(path)
+    remedy = f"stop the daemon and run `hyperhive.py restore {backup or 'FILE'}`"
+    return Refused("storage", f"{path} is damaged: {error}", remedy + ("" if backup else " (no backup is on record)"))
 
 
 def last_backup(database: Path) -> str:
