@@ -877,6 +877,9 @@ def listen_on(address: str, port: int, cancelled: threading.Event) -> socket.soc
             server.close()
             if error.errno != errno.EADDRINUSE:
                 raise Refused("usage", f"can't listen on {address}, port {port}: {error.strerror}") from None
+        except OverflowError:
+            server.close()
+            raise Refused("usage", f"there is no port {port}", "ports go from 1 to 65535") from None
         if attempt < BIND_TRIES:
             log.warning("port %d is in use%s; trying again in %g s", port, port_holder(port), wait_s)
             if cancelled.wait(wait_s):
@@ -6321,8 +6324,6 @@ def make_folders(config: Config) -> None:
         (config.runtime_dir / "agents").mkdir(mode=0o700, exist_ok=True)
         for folder in (config.state_dir / "applied", config.state_dir / "agents", config.scratch_dir):
             folder.mkdir(mode=0o700, exist_ok=True)
-        for left in config.scratch_dir.iterdir():
-            remove_tree(left)
     except OSError as error:
         raise Refused(
             "usage", f"can't make {error.filename}: {error.strerror}", "run as root, or choose folders with --dir"
@@ -6342,6 +6343,11 @@ def only_daemon(config: Config) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        for left in config.scratch_dir.iterdir():  # by one that was killed
+            if left.is_dir():
+                remove_tree(left)
+            else:
+                left.unlink()
         yield
 
 
@@ -6450,7 +6456,7 @@ class Cli:
     def json(self, answer: Json) -> bool:
         """Print the answer for a program, if that is wanted."""
         if self.args.json:
-            print(json.dumps(answer, indent=2, ensure_ascii=False))
+            print(json.dumps(answer, indent=2))  # in ASCII: on a terminal it can't do anything either
         return bool(self.args.json)
 
     def done(self, answer: Json, text: str) -> None:
@@ -6721,8 +6727,12 @@ def cli_restore(cli: Cli) -> None:
     make_folders(cli.config)
     with only_daemon(cli.config):
         copy = cli.config.scratch_dir / "restore.sqlite"
-        shutil.copyfile(source, copy)
-        _open_database(copy).close()
+        try:
+            shutil.copyfile(source, copy)
+            _open_database(copy).close()
+        except (OSError, Refused) as error:
+            copy.unlink(missing_ok=True)
+            raise Refused("storage", f"{source} can't be restored: {error}", "nothing was changed") from None
         aside = cli.config.database.with_name(f"hive.sqlite.before-restore-{now_ms()}")
         for suffix in ("", "-wal", "-shm"):
             old = Path(f"{cli.config.database}{suffix}")
@@ -6926,7 +6936,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report_error(error: Refused, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(error.as_json(), ensure_ascii=False), file=sys.stderr)
+        print(json.dumps(error.as_json()), file=sys.stderr)
         return
     print(f"hyperhive: {visible(error.message)}", file=sys.stderr)
     for line in error.hint.splitlines():
