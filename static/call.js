@@ -8,16 +8,25 @@ import { get, post } from "./api.js";
 import { approval_card, kind_words, press, request_words } from "./approval.js";
 import { signin } from "./agent.js";
 
+// What a notice points to is known here, too, and perhaps newer: then that counts.
+const HOLDS = {
+  approval: ({ id }) => pending_approval(id),
+  question: ({ id }) => open_question(id),
+  start_manager: () => !agent_named("manager"),
+};
+const pending_approval = (id) => state.approvals.find((row) => row.id === id && row.status === "pending");
+const open_question = (id) => state.questions.find((row) => row.id === id);
+
 /** What the hive says needs the operator, and sign-ins under way: they wait for a code. */
 export function waiting() {
   const known = new Set(state.attention.map((row) => row.key));
   const signing_in = state.agents.filter((agent) => agent.state === "signing_in" && !known.has(`needs_login-${agent.name}`));
-  return [...state.attention, ...signing_in.map(({ name, state_since }) => ({ key: `needs_login-${name}`, kind: "needs_login", agent: name, text: "", since: state_since }))];
+  return [...state.attention.filter((row) => !(row.kind in HOLDS) || HOLDS[row.kind](row)), ...signing_in.map(({ name, state_since }) => ({ key: `needs_login-${name}`, kind: "needs_login", agent: name, text: "", since: state_since }))];
 }
 
 // ── The keyboard ─────────────────────────────────────────────────────────────────────────────────
-// Keys act on the marked card. When that card goes, the mark moves on, but keys rest for a moment: a second
-// press meant for the first request must not decide the next.
+// Keys act on the marked card. When the mark moves to another by itself, keys rest for a moment: a second press
+// that was meant for the first request must not decide the next, nor a stray one what has only just come.
 
 const REST_MS = 800;
 let marked = "";
@@ -25,7 +34,7 @@ let rest_until = 0;
 
 function mark_card(rows) {
   if (rows.some((row) => row.key === marked)) return;
-  if (marked) rest_until = Date.now() + REST_MS;
+  rest_until = Date.now() + REST_MS;
   marked = rows[0]?.key ?? "";
 }
 
@@ -41,10 +50,7 @@ export function call_keys(event) {
   if (event.key === "j" || event.key === "k") return step(rows, index + (event.key === "j" ? 1 : -1));
   const row = rows[index];
   if (!row || Date.now() < rest_until || event.repeat) return;
-  if (row.kind === "approval") {
-    const approval = state.approvals.find((other) => other.id === row.id);
-    if (approval) press(approval, event.key);
-  }
+  if (row.kind === "approval") press(pending_approval(row.id), event.key);
   if (row.kind === "question" && /^[1-9]$/.test(event.key)) press_option(row.id, Number(event.key) - 1);
 }
 
@@ -65,8 +71,8 @@ async function answer(id, text) {
 }
 
 function press_option(id, index) {
-  const question = state.questions.find((row) => row.id === id);
-  const option = question?.options?.[index];
+  const question = open_question(id);
+  const option = question.options?.[index];
   if (option === undefined || is_busy(question_group(id))) return;
   if (question.multi) toggle_choice(id, option);
   else act(question_group(id), option, () => answer(id, option));
@@ -163,10 +169,8 @@ function first_card(row, props) {
 function card(row) {
   const keys = row.key === marked;
   const props = { key: row.key, "data-card": row.key, class: `${is_new("attention", row.key) ? "new" : ""} ${keys ? "marked" : ""}`, onpointerdown: () => choose(row.key), made: (dom) => dom.addEventListener("focusin", () => choose(row.key)) };
-  const approval = row.kind === "approval" && state.approvals.find((other) => other.id === row.id);
-  const question = row.kind === "question" && state.questions.find((other) => other.id === row.id);
-  if (approval) return approval_card(approval, { keys, ...props });
-  if (question) return question_card(question, { keys, ...props });
+  if (row.kind === "approval") return approval_card(pending_approval(row.id), { keys, ...props });
+  if (row.kind === "question") return question_card(open_question(row.id), { keys, ...props });
   if (row.kind === "start_manager") return first_card(row, props);
   return notice_card(row, props);
 }

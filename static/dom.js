@@ -4,6 +4,7 @@
 // All text goes through `visible` here, in one place: what an agent writes is hostile, and no view can forget it.
 
 const NODE = Symbol("description this element was made from");
+const SLOT = Symbol("what it is known by among its siblings");
 const SVG = "http://www.w3.org/2000/svg";
 
 // ── Safe text ────────────────────────────────────────────────────────────────────────────────────
@@ -30,7 +31,7 @@ export const exact = (text) => String(text).replaceAll("\x1b", "␛");
 
 /** `h("p", {class: "dim", key: 7}, "text", child, [more], cond && child)` */
 export function h(tag, props, ...children) {
-  return { tag, props: props ?? {}, key: props?.key, children: present(children) };
+  return { tag, props: props ?? {}, key: props?.key, children: slots(children) };
 }
 
 /** A part that is built again only when one of `deps` changed: long lists stay cheap. */
@@ -38,8 +39,13 @@ export function memo(key, deps, build) {
   return { key, deps, build };
 }
 
-function present(children) {
-  return children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false && child !== "");
+/** [[slot, child]]: a child is known by its key, or by its place, which it keeps when one before it is left out. */
+function slots(children, place = "", found = []) {
+  children.forEach((child, index) => {
+    if (Array.isArray(child)) slots(child, `${place}${index}.`, found);
+    else if (child !== null && child !== undefined && child !== false && child !== "") found.push([child.key === undefined ? place + index : `=${child.key}`, child]);
+  });
+  return found;
 }
 
 // ── Making the page equal ────────────────────────────────────────────────────────────────────────
@@ -47,7 +53,7 @@ function present(children) {
 export function render(parent, ...wanted) {
   const focus = document.activeElement;
   const selection = focus && "selectionStart" in focus ? [focus.selectionStart, focus.selectionEnd] : null;
-  reconcile(parent, present(wanted));
+  reconcile(parent, slots(wanted));
   if (focus && focus !== document.activeElement && focus.isConnected && parent.contains(focus)) {
     focus.focus({ preventScroll: true });
     if (selection && selection[0] !== null) focus.setSelectionRange(...selection);
@@ -55,41 +61,25 @@ export function render(parent, ...wanted) {
 }
 
 function reconcile(parent, wanted) {
-  const [keyed, loose] = sort_by_key(parent);
-  const reused = wanted.map((want) => take(want, keyed, loose));
-  for (const gone of [...keyed.values(), ...loose]) gone.remove();
+  const known = new Map([...parent.childNodes].map((dom) => [dom[SLOT], dom]));
+  const reused = wanted.map(([slot, want]) => take(known, slot, want));
+  const kept = new Set(reused);
+  for (const dom of [...parent.childNodes]) if (!kept.has(dom)) dom.remove();
   let at = parent.firstChild;
-  wanted.forEach((want, index) => {
+  wanted.forEach(([slot, want], index) => {
     const old = reused[index];
-    if (old && old === at) {
-      at = at.nextSibling;
-      update(old, want);
-    } else {
-      parent.insertBefore(old ? update(old, want) : create(want, parent), at);
-    }
+    if (old && old === at) at = at.nextSibling;
+    const dom = old ? update(old, want) : create(want, parent);
+    dom[SLOT] = slot;
+    if (dom.parentNode !== parent || (old && dom.nextSibling !== at)) parent.insertBefore(dom, at);
   });
 }
 
-function sort_by_key(parent) {
-  const keyed = new Map();
-  const loose = [];
-  for (const dom of parent.childNodes) {
-    const key = dom[NODE]?.key;
-    if (key === undefined || keyed.has(key)) loose.push(dom);
-    else keyed.set(key, dom);
-  }
-  return [keyed, loose];
-}
-
-function take(want, keyed, loose) {
-  if (want.key !== undefined) {
-    const dom = keyed.get(want.key);
-    if (!dom || (want.tag && dom[NODE].tag !== want.tag)) return null;
-    keyed.delete(want.key);
-    return dom;
-  }
-  const index = loose.findIndex((dom) => dom[NODE]?.key === undefined && dom[NODE]?.tag === want.tag);
-  return index < 0 ? null : loose.splice(index, 1)[0];
+function take(known, slot, want) {
+  const dom = known.get(slot);
+  if (!dom || (!want.build && dom[NODE].tag !== want.tag)) return null;
+  known.delete(slot);
+  return dom;
 }
 
 function same(a, b) {

@@ -206,7 +206,7 @@ def test_an_approval_is_undone_while_there_is_time(folder: Path, open_tab: Calla
         tab.page.get_by_role("button", name=f"Undo the approval of request {number}").click()
         expect(tab.page.get_by_role("button", name=f"Approve request {number}")).to_be_enabled()
         assert hive.api("GET", f"/api/approvals/{number}").body["approval"]["status"] == "pending"
-        tab.page.goto("about:blank")
+        tab.expected = ["ERR_"]  # the hive of this test goes before its page
 
 
 def test_a_request_is_denied_with_a_note(hive: Hive, tab: Tab) -> None:
@@ -232,13 +232,14 @@ def test_a_key_decides_the_marked_request_and_only_that(hive: Hive, tab: Tab) ->
     note.press("a")  # typed, not pressed
     expect(note).to_have_value("a")
     note.press("Escape")
+    tab.page.wait_for_timeout(1000)  # keys rest for a moment when the mark moves by itself
     tab.page.keyboard.press("d")
     tab.page.keyboard.press("d")  # a second press that was meant for the same request
     expect(card(tab, "agent, alice")).to_have_count(0)
     expect(card(tab, "agent, bob").locator("kbd")).to_have_text(["d", "a"])
     states = [hive.api("GET", f"/api/approvals/{number}").body["approval"]["status"] for number in (first, second)]
     assert states == ["denied", "pending"]
-    tab.page.wait_for_timeout(1000)  # keys rest for a moment when the mark moves
+    tab.page.wait_for_timeout(1000)
     tab.page.keyboard.press("a")
     expect(tab.page.get_by_text("Nothing waits for you")).to_be_visible()
     assert hive.api("GET", f"/api/approvals/{second}").body["approval"]["status"] == "approved"
@@ -439,7 +440,7 @@ def check_agent_view(tab: Tab) -> None:
     expect(turn.locator(".prose").filter(has_text=re.compile("^Counted to forty.$"))).to_be_visible()
     expect(turn.locator(".step").filter(has_text="from you").first).to_contain_text("rehearse")
     turn.get_by_role("button", name="2 lines, unfold").click()
-    expect(turn.get_by_text("and a second")).to_be_visible()
+    expect(turn.locator(".thinking").get_by_text("and a second")).to_be_visible()
     expect(turn.locator(".tool").first).not_to_contain_text("39")
     turn.get_by_role("button", name="all 40 lines").click()
     expect(turn.locator(".tool").first).to_contain_text("39")
