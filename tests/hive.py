@@ -100,7 +100,11 @@ class Line:
     def __init__(self, path: Path, *, timeout_s: float = 30) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(timeout_s)
-        self.socket.connect(str(path))
+        try:
+            self.socket.connect(str(path))
+        except OSError:
+            self.socket.close()
+            raise
         self.file = self.socket.makefile("rwb")
 
     def write(self, line: bytes) -> None:
