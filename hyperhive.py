@@ -17,8 +17,8 @@ Who is trusted with what (each line is enforced in the room named behind it):
 Rooms, top to bottom; each uses only those above it:
 
     Constants and configuration · Errors · Types · Boundary parsing · Processes · Storage · Broker ·
-    Config repositories · Approvals · Containers · Agents · Deploys · Views · Live · Notifications ·
-    Sockets · Dashboard · Daemon · Command line
+    Config repositories · Approvals · Containers · Agents · Deploys · Pre-checks · Views · Live ·
+    Notifications · Sockets · Dashboard · Daemon · Command line
 """
 
 from __future__ import annotations
@@ -150,6 +150,8 @@ class Config:
     environment_file: str = ""
     extra_prompt: str = ""
     daily_budget_usd: float = 0.0
+    precheck: str = "build"
+    precheck_timeout_s: float = 1800.0
     undo_s: float = 5.0
     remind_after_s: float = 3600.0
     warm_s: float = 120.0
@@ -619,6 +621,8 @@ def load_config(file: str | None, **overrides: Any) -> Config:
         raise Refused("usage", f"containers = {config.containers!r} is not known", 'there are "nixos" and "process"')
     if config.notify_url and not config.notify_url.startswith(("https://", "http://")):
         raise Refused("usage", f"notify_url = {config.notify_url!r} is no http address")
+    if config.precheck not in ("build", "eval", "off"):
+        raise Refused("usage", f"precheck = {config.precheck!r} is not known", 'use "build", "eval" or "off"')
     if config.notify_format not in ("ntfy", "json"):
         raise Refused("usage", f"notify_format = {config.notify_format!r} is not known", 'use "ntfy" or "json"')
     for name in (MANAGER, "n" * NAME_MAX):
@@ -1078,6 +1082,15 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     ALTER TABLE deploys ADD COLUMN pins TEXT;                           -- the flake inputs that it was built with
     DROP INDEX deploys_by_approval;
     CREATE INDEX deploys_by_approval ON deploys (approval);             -- new inputs for all: a deploy for each agent
+    """,
+    """
+    ALTER TABLE approvals ADD COLUMN precheck TEXT;                     -- JSON; NULL: not begun
+    CREATE TABLE precheck_log (
+        approval INTEGER NOT NULL REFERENCES approvals (id),
+        n INTEGER NOT NULL,
+        line TEXT NOT NULL,
+        PRIMARY KEY (approval, n)
+    ) STRICT, WITHOUT ROWID;
     """,
 )
 
@@ -1877,6 +1890,8 @@ class Broker:
             tx.execute("DELETE FROM audit WHERE at < ?", moment - 365 * DAY_MS)
             old = "SELECT id FROM deploys WHERE ended_at < ?"
             tx.execute(f"DELETE FROM deploy_log WHERE deploy IN ({old})", moment - 30 * DAY_MS)  # noqa: S608
+            old = "SELECT id FROM approvals WHERE resolved_at < ?"
+            tx.execute(f"DELETE FROM precheck_log WHERE approval IN ({old})", moment - 30 * DAY_MS)  # noqa: S608
 
         self.store.write(work)
 
@@ -2002,6 +2017,16 @@ class Repositories:
         parents = ("-p", change.parent) if change.parent else ()
         commit = git("commit-tree", tree, *parents, "-F", "-", cwd=folder, stdin=message, author=change.author)
         return commit.decode().strip()
+
+    def trial(self, folder: Path, text: str) -> str:
+        """A repository of its own with one config in it, for an agent that has none yet."""
+        folder.mkdir(mode=0o700)
+        git("init", "--quiet", "--bare", "--initial-branch=main", "--template=", ".", cwd=folder)
+        blob = git("hash-object", "-w", "--stdin", cwd=folder, stdin=text.encode()).decode().strip()
+        tree = git("mktree", cwd=folder, stdin=f"100644 blob {blob}\tagent.nix\n".encode()).decode().strip()
+        sha = git("commit-tree", tree, "-m", "A trial", cwd=folder).decode().strip()
+        git("update-ref", BUILD_REFS + sha, sha, cwd=folder)
+        return sha
 
     def files(self, name: str, sha: str) -> dict[str, str]:
         """The texts of a config, by path."""
@@ -2340,7 +2365,7 @@ class Approvals:
                 proposed = proposed or row["fetched_sha"]
             tx.execute(
                 "UPDATE approvals SET detail = ?, fingerprint = ?, diff = ?, base_sha = ?, proposed_sha = ?,"
-                " fetched_sha = ? WHERE id = ?",
+                " fetched_sha = ?, precheck = NULL WHERE id = ?",
                 json.dumps(request.detail),
                 request.fingerprint,
                 request.diff,
@@ -2557,6 +2582,19 @@ class ContainerState:
     ended: str = ""  # how the last run ended, where that is known: "status 1", "oom-kill"
 
 
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A config to try, in a folder of its own that is thrown away afterwards."""
+
+    folder: Path
+    name: str
+    repository: Path
+    sha: str
+    pins: str
+    update: bool
+    timeout_s: float
+
+
 class Containers(Protocol):
     """What the hive needs of whatever runs its agents. All may raise `Refused`."""
 
@@ -2574,6 +2612,12 @@ class Containers(Protocol):
 
     def end_builds(self) -> None:
         """The daemon stops: a build that is under way fails."""
+
+    def evaluate(self, trial: Trial, say: Say, stop: threading.Event) -> None:
+        """Evaluate a config that is only proposed."""
+
+    def try_build(self, trial: Trial, say: Say, stop: threading.Event) -> list[str]:
+        """Build it, and tell how it differs from what runs, in the words of `nix store diff-closures`."""
 
     def start(self, name: str) -> None: ...
     def stop(self, name: str, *, graceful: bool) -> None: ...
@@ -2640,6 +2684,12 @@ class ProcessContainers:
 
     def end_builds(self) -> None:
         """There are none."""
+
+    def evaluate(self, trial: Trial, say: Say, stop: threading.Event) -> None:
+        """A process has nothing to evaluate; no pre-check is begun for it."""
+
+    def try_build(self, trial: Trial, say: Say, stop: threading.Event) -> list[str]:
+        return []
 
     def start(self, name: str) -> None:
         with self._lock:
@@ -2848,10 +2898,10 @@ def hash_of_source(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def deploy_flake(config: Config, name: str, sha: str) -> str:
+def deploy_flake(config: Config, name: str, sha: str, repository: Path | None = None) -> str:
     """The flake that pins one deploy: hyperhive's own source, the host's nixpkgs, and the approved commit."""
     nixpkgs = f"path:{config.nixpkgs}" if config.nixpkgs.startswith("/") else config.nixpkgs or "flake:nixpkgs"
-    agent = f"git+file://{config.repository(name)}?ref={BUILD_REFS}{sha}&rev={sha}"
+    agent = f"git+file://{repository or config.repository(name)}?ref={BUILD_REFS}{sha}&rev={sha}"
     return f"""\
 # Written by hyperhive for each deploy of {name}; what is changed here is lost.
 {{
@@ -2877,6 +2927,10 @@ def deploy_flake(config: Config, name: str, sha: str) -> str:
   }};
 }}
 """
+
+
+TOPLEVEL: Final = "nixosConfigurations.container.config.system.build.toplevel"
+PROFILES: Final = Path("/nix/var/nix/profiles/per-container")
 
 
 class NixosContainers:
@@ -3047,8 +3101,7 @@ class NixosContainers:
         write_atomically(folder / "flake.nix", deploy_flake(self._config, name, sha))
         if update:
             self._build(name, say, "nix", "flake", "update")
-        attribute = "nixosConfigurations.container.config.system.build.toplevel"
-        self._build(name, say, "nix", "build", "--no-link", "--print-build-logs", f"{folder}#{attribute}")
+        self._build(name, say, "nix", "build", "--no-link", "--print-build-logs", f"{folder}#{TOPLEVEL}")
         return self._pins(lock)
 
     def _end_leftovers(self, name: str) -> None:
@@ -3068,6 +3121,29 @@ class NixosContainers:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s is not a lock file that we understand: %s", lock, error)
             return ""
+
+    def evaluate(self, trial: Trial, say: Say, stop: threading.Event) -> None:
+        if trial.pins:
+            write_atomically(trial.folder / "flake.lock", trial.pins)
+        flake = deploy_flake(self._config, trial.name, trial.sha, trial.repository)
+        write_atomically(trial.folder / "flake.nix", flake)
+        if trial.update:
+            self._try(trial, say, stop, "nix", "flake", "update")
+        self._try(trial, say, stop, "nix", "eval", "--raw", f"{trial.folder}#{TOPLEVEL}.drvPath")
+
+    def try_build(self, trial: Trial, say: Say, stop: threading.Event) -> list[str]:
+        result, runs = trial.folder / "result", PROFILES / f"h-{trial.name}" / "system"
+        build = ("nix", "build", "--print-build-logs", "--max-jobs", "1", "--out-link", str(result))
+        self._try(trial, say, stop, *build, f"{trial.folder}#{TOPLEVEL}")
+        if not runs.exists():
+            return []
+        argv = ["nix", "store", "diff-closures", str(runs.resolve()), str(result.resolve())]
+        return run(argv, env=self._environment(), cwd=trial.folder).text.splitlines()
+
+    def _try(self, trial: Trial, say: Say, stop: threading.Event, *argv: str) -> None:
+        """At the lowest priority: nobody waits for this as for a deploy."""
+        env = self._environment()
+        run_aloud(["nice", "-n", "19", *argv], env=env, cwd=trial.folder, say=say, timeout_s=trial.timeout_s, stop=stop)
 
     def end_builds(self) -> None:
         self._ending.set()
@@ -3570,8 +3646,7 @@ class Deploys:
         self._say(row, f"config {sha[:12]}")
         pins = row["pins"]
         if pins is None:
-            before = self._last_deployed(name)
-            pins = before["pins"] if before else None
+            pins = self.pins_of(name)
         pins = self._make(row, sha, pins, update=row["kind"] == "update")
         self._store.write(lambda tx: tx.execute("UPDATE deploys SET pins = ? WHERE id = ?", pins, row["id"]))
         return str(sha)
@@ -3580,6 +3655,11 @@ class Deploys:
         self._repositories.hold(row["agent"], sha)
         say = functools.partial(self._say_lines, row)
         return self._agents.containers.build(row["agent"], sha, pins or "", say, update=update)
+
+    def pins_of(self, name: str) -> str:
+        """The flake inputs that an agent was last built with; empty where there are none yet."""
+        before = self._last_deployed(name)
+        return (before["pins"] or "") if before else ""
 
     def _last_deployed(self, name: str) -> sqlite3.Row | None:
         """What an agent runs. Deploys of a namesake that was purged are not its own."""
@@ -3731,6 +3811,169 @@ class Deploys:
             for number, line in enumerate(lines, start=first):
                 tx.insert("deploy_log", deploy=row["id"], n=number, line=line)
             tx.changed("deploy_log", (row["id"], tuple(lines)))
+
+        self._store.write(work)
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Pre-checks
+# ──────────────────────────────────────────────────────────────────────────────
+# While a request waits, the host finds out whether it evaluates, whether it builds, and what that would
+# change. One at a time, at low priority, in a folder that is thrown away; a verdict never decides. It is
+# for what was shown: an edit, or another deploy beneath it, makes it begin again.
+
+ANSI: Final = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")  # colours in the output of Nix
+PRECHECKED: Final = (Kind.SPAWN, Kind.APPLY, Kind.INPUTS)
+SIZES: Final = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+CLOSURE_LINE: Final = re.compile(
+    r"(?P<name>[^:]+): (?:(?P<from>[^→]+) → (?P<to>.+?))?(?:(?:, )?(?P<size>[+-][0-9.]+) (?P<unit>[KMG]?i?B))?"
+)
+ERROR_PLACE: Final = re.compile(r"at \S*?(?:-source|»)/(?P<path>[^\s:]+):(?P<line>\d+)")
+
+
+def package_changes(lines: Iterable[str]) -> list[Json]:
+    """What `nix store diff-closures` says, as [{name, from?, to?, bytes}]; ∅ is its word for "not there"."""
+    found = []
+    for line in lines:
+        match = CLOSURE_LINE.fullmatch(ANSI.sub("", line).strip())
+        if match:
+            size, unit = float(match["size"] or 0), match["unit"] or "B"
+            versions = {key: match[key] for key in ("from", "to") if match[key] and match[key] != "∅"}
+            found.append({"name": match["name"], **versions, "bytes": int(size * SIZES.get(unit, 1))})
+    return found
+
+
+class Prechecks:
+    def __init__(
+        self, config: Config, store: Store, repositories: Repositories, deploys: Deploys, agents: Agents
+    ) -> None:
+        self._config, self._store, self._repositories = config, store, repositories
+        self._deploys, self._agents = deploys, agents
+        self._wake, self._stop = threading.Event(), threading.Event()
+        self._closed = False
+        self._now: tuple[int, str] | None = None  # the request that is being tried, and its digest
+        self._thread = threading.Thread(target=self._work, name="precheck", daemon=True)
+
+    @property
+    def is_on(self) -> bool:
+        return self._config.containers == "nixos" and self._config.precheck != "off"
+
+    def begin(self) -> None:
+        if self.is_on:
+            unfinished = "UPDATE approvals SET precheck = NULL WHERE json_extract(precheck, '$.state') = 'running'"
+            self._store.write(lambda tx: tx.execute(unfinished))
+            self._thread.start()
+
+    def close(self) -> None:
+        self._closed = True
+        self._stop.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(5)
+
+    def look(self) -> None:
+        """Called each tick: is there something to try, and does anybody still want what is being tried?"""
+        if not self.is_on:
+            return
+        if self._now is not None:
+            row = self._store.row("SELECT * FROM approvals WHERE id = ?", self._now[0])
+            if row is None or row["status"] != Status.PENDING or digest_of(row) != self._now[1]:
+                self._stop.set()
+        elif self._next() is not None:
+            self._wake.set()
+
+    def _next(self) -> sqlite3.Row | None:
+        kinds = ", ".join(f"'{kind}'" for kind in PRECHECKED)
+        return self._store.row(
+            f"SELECT * FROM approvals WHERE status = 'pending' AND precheck IS NULL AND kind IN ({kinds})"  # noqa: S608
+            " AND agent != '*' ORDER BY id"
+        )
+
+    def _work(self) -> None:
+        while not self._closed:
+            self._wake.wait()
+            self._wake.clear()
+            self._try_all()
+
+    def _try_all(self) -> None:
+        while not self._closed and (row := self._next()) is not None:
+            self._stop.clear()
+            self._now = row["id"], digest_of(row)
+            try:
+                self._try(row)
+            except Exception as error:  # the thread must live on; the request says what happened
+                log.exception("the pre-check of request %d", row["id"])
+                self._note(row, {"state": "failed", "error": f"internal error: {error}"})
+            finally:
+                self._now = None
+
+    def _try(self, row: sqlite3.Row) -> None:
+        begun = time.monotonic()
+        verdict: Json = {"state": "running"}
+        self._store.write(lambda tx: tx.execute("DELETE FROM precheck_log WHERE approval = ?", row["id"]))
+        self._note(row, verdict)
+        try:
+            with tempfile.TemporaryDirectory(dir=self._config.scratch_dir, prefix="precheck-") as scratch:
+                verdict = self._stages(row, Path(scratch), verdict)
+        except (Refused, OSError) as error:
+            late = time.monotonic() - begun >= self._config.precheck_timeout_s
+            verdict |= {"state": "timed_out" if late else "failed", "error": str(error)} | self._place(row)
+        if not self._stop.is_set():
+            self._note(row, verdict | {"seconds": round(time.monotonic() - begun, 1)})
+
+    def _stages(self, row: sqlite3.Row, folder: Path, verdict: Json) -> Json:
+        trial, say = self._trial(row, folder), functools.partial(self._say, row)
+        self._agents.containers.evaluate(trial, say, self._stop)
+        verdict["evaluates"] = True
+        if self._config.precheck == "eval":
+            return verdict | {"state": "ok"}
+        self._note(row, verdict)
+        lines = self._agents.containers.try_build(trial, say, self._stop)
+        return verdict | {"state": "ok", "builds": True, "packages": package_changes(lines)}
+
+    def _trial(self, row: sqlite3.Row, folder: Path) -> Trial:
+        """Where the config comes from: a proposal, a kept agent's repository, or only the text of a spawn."""
+        name, sha, repository = row["agent"], row["fetched_sha"], self._config.repository(row["agent"])
+        text = json.loads(row["detail"]).get("config")
+        if row["kind"] == Kind.SPAWN and self._repositories.head(name) is None:
+            repository = folder / "repository"
+            sha = self._repositories.trial(repository, text or agent_template())
+        elif row["kind"] == Kind.SPAWN and text is not None:
+            sha = self._repositories.commit(name, Change(self._repositories.head(name), text, "A trial"))
+        sha = sha or self._repositories.head(name)
+        if sha is None:
+            raise Refused("not_found", f"{name} has no config yet")
+        if repository == self._config.repository(name):
+            self._repositories.hold(name, sha)
+        pins = self._deploys.pins_of(name)
+        return Trial(folder, name, repository, sha, pins, row["kind"] == Kind.INPUTS, self._config.precheck_timeout_s)
+
+    def _place(self, row: sqlite3.Row) -> Json:
+        """Where in the config the error is, as far as Nix says it."""
+        for line in reversed(self.log(row["id"])):
+            match = ERROR_PLACE.search(ANSI.sub("", line))
+            if match:
+                return {"at": {"path": match["path"], "line": int(match["line"])}}
+        return {}
+
+    def log(self, approval: int) -> list[str]:
+        rows = self._store.rows("SELECT line FROM precheck_log WHERE approval = ? ORDER BY n", approval)
+        return [row["line"] for row in rows]
+
+    def _note(self, row: sqlite3.Row, verdict: Json) -> None:
+        def work(tx: Tx) -> None:
+            now = tx.one("SELECT * FROM approvals WHERE id = ? AND status = 'pending'", row["id"])
+            if now is not None and digest_of(now) == digest_of(row):
+                tx.execute("UPDATE approvals SET precheck = ? WHERE id = ?", json.dumps(verdict), row["id"])
+                tx.changed("approval", row["id"])
+
+        self._store.write(work)
+
+    def _say(self, row: sqlite3.Row, lines: Sequence[str]) -> None:
+        def work(tx: Tx) -> None:
+            last = tx.value("SELECT coalesce(max(n), 0) FROM precheck_log WHERE approval = ?", row["id"])
+            for number, line in enumerate(lines, start=last + 1):
+                tx.insert("precheck_log", approval=row["id"], n=number, line=line)
 
         self._store.write(work)
 
@@ -3922,8 +4165,18 @@ class Views:
             digest=digest_of(row),
             superseded_by=row["superseded_by"],
             proposed_sha=row["proposed_sha"],
+            precheck=self._precheck(row),
             undo_until=when(row["not_before"]) if row["phase"] == Phase.QUEUED else None,
         )
+
+    def _precheck(self, row: sqlite3.Row) -> Json | None:
+        if row["precheck"] is not None:
+            return typing.cast(Json, json.loads(row["precheck"]))
+        if self._config.containers != "nixos" or row["kind"] not in PRECHECKED or row["agent"] == EVERYONE:
+            return None
+        if self._config.precheck == "off":
+            return {"state": "off"}
+        return {"state": "waiting"} if row["status"] == Status.PENDING else None
 
     def questions(self, *, status: str | None = None, who: str | None = None, number: int | None = None) -> list[Json]:
         rows = self._store.rows(
@@ -4776,6 +5029,7 @@ class Services:
     approvals: Approvals
     agents: Agents
     deploys: Deploys
+    prechecks: Prechecks
     views: Views
     hub: Hub
     notifier: Notifier
@@ -5757,6 +6011,7 @@ class Routes:
             "/api/agents/<name>/diff": self.diff,
             "/api/approvals": self.approvals,
             "/api/approvals/<number:int>": self.approval,
+            "/api/approvals/<number:int>/precheck": lambda number: {"log": self._s.prechecks.log(number)},
             "/api/approvals/<number:int>/files": lambda number: {"files": self._requests.files(number)},
             "/api/messages": self.messages,
             "/api/questions": self.questions,
@@ -6219,6 +6474,8 @@ class Daemon:
         services.agents.recover()
         services.deploys.begin()
         self._closers.callback(services.deploys.close)
+        services.prechecks.begin()
+        self._closers.callback(services.prechecks.close)
         make = functools.partial(HostConnection, services=services)
         services.doors.open(config.host_socket, self._admin_mode(), make, most=config.limits.connections)
         self._give_to_admins(config.host_socket)
@@ -6245,6 +6502,7 @@ class Daemon:
         approvals = Approvals(config, store, broker)
         agents = Agents(config, store, broker, approvals, make_containers(config))
         deploys = Deploys(config, store, broker, approvals, repositories, agents)
+        prechecks = Prechecks(config, store, repositories, deploys, agents)
         views = Views(config, store, agents)
         hub, notifier, doors = Hub(views), Notifier(config, views), Doors()
         self._closers.callback(notifier.close)
@@ -6253,7 +6511,19 @@ class Daemon:
         self._closers.callback(broker.leave)
         token = OperatorToken(config.token_file)
         services = Services(
-            config, store, broker, repositories, approvals, agents, deploys, views, hub, notifier, doors, token
+            config=config,
+            store=store,
+            broker=broker,
+            repositories=repositories,
+            approvals=approvals,
+            agents=agents,
+            deploys=deploys,
+            prechecks=prechecks,
+            views=views,
+            hub=hub,
+            notifier=notifier,
+            doors=doors,
+            token=token,
         )
 
         def on_changes(changes: list[tuple[str, Any]]) -> None:
@@ -6280,6 +6550,7 @@ class Daemon:
                 services.broker.return_late,
                 services.broker.fire_due,
                 services.approvals.remind_waiting,
+                services.prechecks.look,
                 services.agents.look,
             ]
             if time.monotonic() - cleaned > 3600:
