@@ -6395,6 +6395,7 @@ class Dashboard:
                 with contextlib.suppress(OSError):
                     channel.close()
 
+        logging.getLogger("waitress").setLevel(logging.CRITICAL)  # requests under way find their connection closed
         with contextlib.suppress(OSError):
             self._server.trigger.pull_trigger(close_all)
         self._thread.join(5)
