@@ -23,7 +23,7 @@ class Demo(Hive):
     """`hyperhive.py demo`, with ports that no other test uses, and a rehearsal that does not take its time."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, undo_s=0.0)
+        super().__init__(folder)
         self.configure(manager_autostart=True, rehearsal=False, claude="/nowhere/claude")  # what demo sets by itself
         self.said: list[str] = []
 
@@ -200,7 +200,8 @@ def letters(hive: Hive, sender: str) -> list[str]:
 
 
 @pytest.mark.needs("claude")
-def test_the_story_with_the_real_claude(folder: Path) -> None:
+def test_the_story_with_the_real_claude(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPERHIVE_BACKOFF_S", "0.2")  # after a turn that met the process as it was being killed
     with real_hive(folder) as (hive, api):
         hive.spawn("manager", running=True)
         asks = calls("request_spawn", name="alice", description="She says hello.", config="{ ... }: { }\n")
