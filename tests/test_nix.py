@@ -191,7 +191,6 @@ def test_the_options_become_settings(nix: Nix) -> None:
     }
 
 
-@pytest.mark.xfail(raises=hyperhive.Refused, reason="the daemon knows no nixos containers, nor their settings")
 @pytest.mark.parametrize("settings", [SETTINGS, "{ }"], ids=["all", "default"])
 def test_the_daemon_takes_the_settings(nix: Nix, folder: Path, settings: str) -> None:
     (folder / "settings.toml").write_text(nix.unit(settings).files["/etc/hyperhive.toml"])

@@ -14,7 +14,7 @@
   lib ? import ./lib.nix,
 }:
 let
-  inherit (builtins) concatMap concatStringsSep filter isBool isList listToAttrs toJSON;
+  inherit (builtins) concatMap filter isList listToAttrs;
 
   installed = name: folder: {
     type = "derivation";
@@ -34,46 +34,16 @@ let
     ];
   };
 
-  inherit (system) pkgs;
   it = builtins.seq system.config.system.build.toplevel.drvPath system.config.systemd.services.${service};
-
-  # NixOS puts these at the end of every service's path.
-  path = it.path ++ [
-    pkgs.coreutils
-    pkgs.findutils
-    pkgs.gnugrep
-    pkgs.gnused
-    pkgs.systemd
-  ];
-  folders = kind: map (package: "${package}/${kind}") path;
-  environment = it.environment // {
-    PATH = concatStringsSep ":" (folders "bin" ++ folders "sbin");
-  };
-
-  text = value: if isBool value then (if value then "true" else "false") else toString value;
-  line = key: value: "${key}=${text value}\n";
-  lines = section: lib.concatStrings (
-    lib.mapAttrsToList (key: value: if isList value then lib.concatStrings (map (line key) value) else line key value) section
-  );
-  variable = key: value: lib.optionalString (value != null) "Environment=${toJSON "${key}=${toString value}"}\n";
 
   file = path: source: { name = builtins.unsafeDiscardStringContext path; value = source.text; };
   known = filter (value: value ? text);
   etc = lib.mapAttrsToList (name: entry: file "/etc/${name}" entry.source) system.config.environment.etc;
   named = concatMap (value: if isList value then value else [ value ]) (
-    lib.mapAttrsToList (_: value: value) (environment // it.serviceConfig)
+    lib.mapAttrsToList (_: value: value) (it.environment // it.serviceConfig)
   );
 in
 {
-  unit = ''
-    [Unit]
-    Description=${it.description}
-    After=${concatStringsSep " " it.after}
-    ${lines it.unitConfig}
-    [Service]
-    ${lib.concatStrings (lib.mapAttrsToList variable environment)}${lines it.serviceConfig}
-    [Install]
-    WantedBy=${concatStringsSep " " it.wantedBy}
-  '';
+  unit = import ./systemd.nix { inherit lib; inherit (system) pkgs; } it;
   files = listToAttrs (etc ++ map (source: file source source) (known named));
 }
