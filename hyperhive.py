@@ -3311,7 +3311,8 @@ class Agents:
 
     def _ready(self, name: str) -> None:
         row = self.living(name)
-        if name in self.busy or row["deployed_sha"] is None:
+        under_way = "SELECT 1 FROM deploys WHERE agent = ? AND phase IN ('building', 'switching')"
+        if row["deployed_sha"] is None or self._store.row(under_way, name):
             raise Refused("conflict", f"{name} is being deployed", "try again when that is over")
 
     def start(self, actor: Actor, name: str) -> None:
