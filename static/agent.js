@@ -3,7 +3,25 @@
 
 import { h } from "./dom.js";
 import { ago, address, clock, prose, short_sha, you_or } from "./text.js";
-import { act, button, context_bar, cost_words, draft, empty, field, heading, mark, panel, plain, refusal, REHEARSAL, spend_draft, state_words, toggle, toggled } from "./parts.js";
+import {
+  act,
+  button,
+  context_bar,
+  cost_words,
+  draft,
+  empty,
+  field,
+  heading,
+  mark,
+  panel,
+  plain,
+  refusal,
+  REHEARSAL,
+  spend_draft,
+  state_words,
+  toggle,
+  toggled,
+} from "./parts.js";
 import { agent_named, changed, on, state } from "./store.js";
 import { get, post, send_message } from "./api.js";
 import { Transcript } from "./transcript.js";
@@ -18,25 +36,57 @@ export function signin(agent, base, ...words) {
   const key = `code:${agent.name}`;
   const finish = () => post(`${base}/login_finish`, { code: draft(key).trim() }).then(() => spend_draft(key));
   const cancel = button(group, "Cancel", () => post(`${base}/login_cancel`));
-  const begin = button(group, login.phase === "failed" ? "Try again" : "Sign in", () => post(`${base}/login_begin`), { kind: "main", name: `Sign ${agent.name} in` });
+  const begin = button(group, login.phase === "failed" ? "Try again" : "Sign in", () => post(`${base}/login_begin`), {
+    kind: "main",
+    name: `Sign ${agent.name} in`,
+  });
   const views = {
-    starting: () => h("div", { class: "decide" }, h("p", { class: "dim grow" }, "Asking for the address of the sign-in page…"), cancel),
+    starting: () =>
+      h(
+        "div",
+        { class: "decide" },
+        h("p", { class: "dim grow" }, "Asking for the address of the sign-in page…"),
+        cancel,
+      ),
     code_wanted: () => [
       h("p", null, "Open this address, sign in, and paste the code that it shows:"),
       h("p", { class: "wrap" }, login.url && address(login.url)),
       login.error && h("p", { class: "bad" }, login.error),
-      h("div", { class: "decide" }, field(key, { label: `Code for ${agent.name}`, placeholder: "Code", on_enter: () => act(group, "Finish", finish) }), cancel, button(group, "Finish", finish, { kind: "main" })),
+      h(
+        "div",
+        { class: "decide" },
+        field(key, {
+          label: `Code for ${agent.name}`,
+          placeholder: "Code",
+          on_enter: () => act(group, "Finish", finish),
+        }),
+        cancel,
+        button(group, "Finish", finish, { kind: "main" }),
+      ),
     ],
     checking: () => h("div", { class: "decide" }, h("p", { class: "dim grow" }, "Checking the code…"), cancel),
   };
-  return h("div", { class: "signin" }, views[login.phase]?.() ?? [login.phase === "failed" && h("p", { class: "bad" }, login.error ?? "The sign-in failed."), h("div", { class: "decide" }, h("div", { class: "grow" }, words), begin)], refusal(group));
+  return h(
+    "div",
+    { class: "signin" },
+    views[login.phase]?.() ?? [
+      login.phase === "failed" && h("p", { class: "bad" }, login.error ?? "The sign-in failed."),
+      h("div", { class: "decide" }, h("div", { class: "grow" }, words), begin),
+    ],
+    refusal(group),
+  );
 }
 
 // ── Composer ─────────────────────────────────────────────────────────────────────────────────────
 
 const WHEN = {
-  working: "It reaches the running turn.", paused: "It waits until you resume.", stopped: "It waits until the agent runs.",
-  offline: "It waits until the agent runs.", failed: "It waits until the agent runs.", needs_login: "It waits until the sign-in.", rate_limited: "It waits for the limit.",
+  working: "It reaches the running turn.",
+  paused: "It waits until you resume.",
+  stopped: "It waits until the agent runs.",
+  offline: "It waits until the agent runs.",
+  failed: "It waits until the agent runs.",
+  needs_login: "It waits until the sign-in.",
+  rate_limited: "It waits for the limit.",
 };
 
 function composer(agent, { base, to }) {
@@ -48,12 +98,27 @@ function composer(agent, { base, to }) {
     await send_message(key, to ? { to, body } : { body });
     if (draft(key).trim() === body) spend_draft(key);
   };
-  return h("div", { class: "composer" },
-    h("div", { class: "decide" },
-      field(key, { tag: "textarea", rows: "2", label: `Write to ${agent.name}`, placeholder: `Write to ${agent.name}. ${WHEN[agent.state] ?? ""}`, on_enter: () => act(group, "Send", send) }),
-      button(`interrupt:${agent.name}`, "Interrupt", () => post(`${base}/interrupt`), { disabled: agent.state !== "working" }),
-      button(group, "Send", send, { kind: "main", name: `Send to ${agent.name}` })),
-    refusal(group), refusal(`interrupt:${agent.name}`));
+  return h(
+    "div",
+    { class: "composer" },
+    h(
+      "div",
+      { class: "decide" },
+      field(key, {
+        tag: "textarea",
+        rows: "2",
+        label: `Write to ${agent.name}`,
+        placeholder: `Write to ${agent.name}. ${WHEN[agent.state] ?? ""}`,
+        on_enter: () => act(group, "Send", send),
+      }),
+      button(`interrupt:${agent.name}`, "Interrupt", () => post(`${base}/interrupt`), {
+        disabled: agent.state !== "working",
+      }),
+      button(group, "Send", send, { kind: "main", name: `Send to ${agent.name}` }),
+    ),
+    refusal(group),
+    refusal(`interrupt:${agent.name}`),
+  );
 }
 
 // ── State ────────────────────────────────────────────────────────────────────────────────────────
@@ -65,58 +130,133 @@ function fact(name, ...value) {
 function model_form(agent, base) {
   const key = `model:${agent.name}`;
   const group = `agent:${agent.name}`;
-  const set = () => post(`${base}/model`, { model: draft(key).trim() }).then(() => { spend_draft(key); toggle(`${key}:open`, false); });
-  return h("div", { class: "decide" }, field(key, { label: `Model for ${agent.name}`, placeholder: "sonnet, opus, haiku, or a full name", on_enter: () => act(group, "Set model", set) }), button(group, "Set model", set));
+  const set = () =>
+    post(`${base}/model`, { model: draft(key).trim() }).then(() => {
+      spend_draft(key);
+      toggle(`${key}:open`, false);
+    });
+  return h(
+    "div",
+    { class: "decide" },
+    field(key, {
+      label: `Model for ${agent.name}`,
+      placeholder: "sonnet, opus, haiku, or a full name",
+      on_enter: () => act(group, "Set model", set),
+    }),
+    button(group, "Set model", set),
+  );
 }
 
 function state_panel(agent, base, { first = null, last = null }) {
   const group = `agent:${agent.name}`;
   const control = (action, label) => button(group, label, () => post(`${base}/${action}`), { kind: "small" });
   const model_open = toggled(`model:${agent.name}:open`);
-  return panel({ class: "pad" },
-    h("dl", { class: "facts" },
+  return panel(
+    { class: "pad" },
+    h(
+      "dl",
+      { class: "facts" },
       fact("model", agent.active_model ?? "not known yet"),
-      agent.context_window && fact("context", `${Math.round(100 * (agent.context_tokens ?? 0) / agent.context_window)} % of ${Math.round(agent.context_window / 1000)} k `, context_bar(agent)),
+      agent.context_window &&
+        fact(
+          "context",
+          `${Math.round((100 * (agent.context_tokens ?? 0)) / agent.context_window)} % of ${Math.round(agent.context_window / 1000)} k `,
+          context_bar(agent),
+        ),
       fact("today", cost_words(agent)),
       agent.signed_in_until && fact("signed in", `until ${clock(agent.signed_in_until)}`),
       agent.deployed_sha && fact("deployed", h("code", null, short_sha(agent.deployed_sha))),
       agent.pending_reminders > 0 && fact("reminders", agent.pending_reminders),
       agent.unread > 0 && fact("waiting mail", agent.unread),
-      agent.description && fact("purpose", agent.description)),
-    h("div", { class: "buttons" }, first, control("compact", "Compact"), control("new_session", "New session"),
-      plain("Model", () => toggle(`model:${agent.name}:open`, !model_open), { kind: "small", "aria-expanded": String(model_open) }),
-      agent.state !== "needs_login" && agent.state !== "signing_in" && !toggled(`login:${agent.name}`) && plain("Sign in", () => toggle(`login:${agent.name}`, true), { kind: "small" })),
+      agent.description && fact("purpose", agent.description),
+    ),
+    h(
+      "div",
+      { class: "buttons" },
+      first,
+      control("compact", "Compact"),
+      control("new_session", "New session"),
+      plain("Model", () => toggle(`model:${agent.name}:open`, !model_open), {
+        kind: "small",
+        "aria-expanded": String(model_open),
+      }),
+      agent.state !== "needs_login" &&
+        agent.state !== "signing_in" &&
+        !toggled(`login:${agent.name}`) &&
+        plain("Sign in", () => toggle(`login:${agent.name}`, true), { kind: "small" }),
+    ),
     model_open && model_form(agent, base),
-    last, refusal(group));
+    last,
+    refusal(group),
+  );
 }
 
-const wants_signin = (agent) => agent.state === "needs_login" || agent.state === "signing_in" || agent.login?.phase === "code_wanted" || toggled(`login:${agent.name}`);
+const wants_signin = (agent) =>
+  agent.state === "needs_login" ||
+  agent.state === "signing_in" ||
+  agent.login?.phase === "code_wanted" ||
+  toggled(`login:${agent.name}`);
 
 // ── Open threads ─────────────────────────────────────────────────────────────────────────────────
 
 function thread_rows(name, { questions, reminders }) {
   return [
-    ...questions.map((row) => h("div", { class: "row", key: `q${row.id}` },
-      h("div", { class: "row-top" }, h("span", null, row.to === name ? `${you_or(row.from)} asked` : `asked ${you_or(row.to)}`), h("span", null, clock(row.asked_at))), prose(row.question))),
-    ...reminders.map((row) => h("div", { class: "row", key: `r${row.id}` }, h("div", { class: "row-top" }, h("span", null, "reminder"), ago(row.due_at, "until")), prose(row.body))),
+    ...questions.map((row) =>
+      h(
+        "div",
+        { class: "row", key: `q${row.id}` },
+        h(
+          "div",
+          { class: "row-top" },
+          h("span", null, row.to === name ? `${you_or(row.from)} asked` : `asked ${you_or(row.to)}`),
+          h("span", null, clock(row.asked_at)),
+        ),
+        prose(row.question),
+      ),
+    ),
+    ...reminders.map((row) =>
+      h(
+        "div",
+        { class: "row", key: `r${row.id}` },
+        h("div", { class: "row-top" }, h("span", null, "reminder"), ago(row.due_at, "until")),
+        prose(row.body),
+      ),
+    ),
   ];
 }
 
-export function threads_panel(name, threads) {
+function threads_panel(name, threads) {
   const rows = thread_rows(name, threads);
-  return [heading("Open threads", rows.length || null), panel({ class: "brief" }, rows.length ? rows : empty("No open question, no reminder."))];
+  return [
+    heading("Open threads", rows.length || null),
+    panel({ class: "brief" }, rows.length ? rows : empty("No open question, no reminder.")),
+  ];
 }
 
 // ── The whole ────────────────────────────────────────────────────────────────────────────────────
 
-const calm = (agent) => (agent.state === "working" ? "" : agent.state_reason ?? "");
+const calm = (agent) => (agent.state === "working" ? "" : (agent.state_reason ?? ""));
 
 export function agent_main(agent, transcript, where, crumbs) {
   return [
-    h("div", { class: "heading agent-heading" },
-      h("h2", null, crumbs, mark(agent), h("strong", null, agent.name), " ", h("span", { class: "dim" }, state_words(agent), " ", ago(agent.state_since, "for"))),
+    h(
+      "div",
+      { class: "heading agent-heading" },
+      h(
+        "h2",
+        null,
+        crumbs,
+        mark(agent),
+        h("strong", null, agent.name),
+        " ",
+        h("span", { class: "dim" }, state_words(agent), " ", ago(agent.state_since, "for")),
+      ),
       h("span", { class: "dim" }, agent.until && `until ${clock(agent.until)}`),
-      plain("State", () => toggle("side", !toggled("side")), { kind: "small narrow", "aria-expanded": String(toggled("side")) })),
+      plain("State", () => toggle("side", !toggled("side")), {
+        kind: "small narrow",
+        "aria-expanded": String(toggled("side")),
+      }),
+    ),
     agent.status_text && h("p", { class: "status dim" }, agent.status_text),
     agent.rehearsal && h("p", { class: "rehearsal" }, REHEARSAL),
     calm(agent) && h("p", { class: `reason-line ${agent.state === "failed" ? "bad" : "dim"}` }, agent.state_reason),
@@ -137,7 +277,8 @@ let shown = null; // {name, transcript, reminders, counted, error}
 export function show_agent(name) {
   const path = `/api/agents/${name}`;
   const older = (before, max) => get(`${path}/events?before=${before}&max=${max}`).then((answer) => answer.events);
-  if (shown?.name !== name) shown = { name, transcript: new Transcript(name, older), reminders: [], counted: 0, error: null };
+  if (shown?.name !== name)
+    shown = { name, transcript: new Transcript(name, older), reminders: [], counted: 0, error: null };
   return load_agent();
 }
 
@@ -155,7 +296,9 @@ export async function load_agent() {
   changed();
 }
 
-on("events", (name, events) => { if (shown?.name === name) shown.transcript.add(events); });
+on("events", (name, events) => {
+  if (shown?.name === name) shown.transcript.add(events);
+});
 
 export function agent_view(name) {
   const agent = agent_named(name);
@@ -165,7 +308,10 @@ export function agent_view(name) {
   }
   if (shown?.name !== name) show_agent(name);
   return [
-    agent_main(agent, shown.transcript, { base: `/api/agents/${name}`, to: name }, [h("a", { href: "#/agents" }, "Agents"), " / "]),
+    agent_main(agent, shown.transcript, { base: `/api/agents/${name}`, to: name }, [
+      h("a", { href: "#/agents" }, "Agents"),
+      " / ",
+    ]),
     shown.error && h("p", { class: "refusal", role: "alert" }, shown.error.message),
   ];
 }
@@ -173,7 +319,15 @@ export function agent_view(name) {
 export function agent_view_side(name) {
   const agent = agent_named(name);
   if (!agent) return null;
-  if (agent.pending_reminders !== shown.counted) { shown.counted = agent.pending_reminders; load_agent(); }
+  if (agent.pending_reminders !== shown.counted) {
+    shown.counted = agent.pending_reminders;
+    load_agent();
+  }
   const questions = state.questions.filter((row) => row.from === name || row.to === name);
-  return agent_side(agent, `/api/agents/${name}`, { questions, reminders: shown.reminders }, { first: levers(agent), last: destroy_form(agent) });
+  return agent_side(
+    agent,
+    `/api/agents/${name}`,
+    { questions, reminders: shown.reminders },
+    { first: levers(agent), last: destroy_form(agent) },
+  );
 }

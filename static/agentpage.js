@@ -46,7 +46,9 @@ let loading = false;
 async function load_threads() {
   if (loading) return;
   loading = true;
-  await new Promise((resolve) => { setTimeout(resolve, 1000); });
+  await new Promise((resolve) => {
+    setTimeout(resolve, 1000);
+  });
   loading = false;
   try {
     const { asked, to_answer, reminders } = await get("/api/threads");
@@ -60,22 +62,48 @@ async function load_threads() {
 // ── Drawing ──────────────────────────────────────────────────────────────────────────────────────
 
 function draw() {
-  if (refused !== null) return render(document.body, token_view(refused, "The dashboard's links to this page carry it.", start));
+  if (refused !== null)
+    return render(document.body, token_view(refused, "The dashboard's links to this page carry it.", start));
   document.title = agent ? `${agent.name} · hyperhive` : "hyperhive";
   draw_following(() => render(document.body, top(), banner(), page()), true);
 }
 
 function top() {
-  return h("header", { class: "top", key: "top" }, h("div", { class: "top-inner" },
-    h("div", { class: "brand" }, logo(), h("h1", null, agent?.name ?? "hyperhive")),
-    h("p", { class: "live dim" }, live_dot(), state.live ? "live" : "disconnected", agent && ` · ${dollars(agent.cost_today_usd)} today`)));
+  return h(
+    "header",
+    { class: "top", key: "top" },
+    h(
+      "div",
+      { class: "top-inner" },
+      h("div", { class: "brand" }, logo(), h("h1", null, agent?.name ?? "hyperhive")),
+      h(
+        "p",
+        { class: "live dim" },
+        live_dot(),
+        state.live ? "live" : "disconnected",
+        agent && ` · ${dollars(agent.cost_today_usd)} today`,
+      ),
+    ),
+  );
 }
 
 function page() {
-  if (!agent) return h("main", { key: "main", class: "page" }, h("div", { class: "column-main" }, panel(null, h("p", { class: "empty" }, "Connecting…"))));
-  return h("div", { key: "page", class: "page wide" },
+  if (!agent)
+    return h(
+      "main",
+      { key: "main", class: "page" },
+      h("div", { class: "column-main" }, panel(null, h("p", { class: "empty" }, "Connecting…"))),
+    );
+  return h(
+    "div",
+    { key: "page", class: "page wide" },
     h("main", { class: "column-main" }, agent_main(agent, transcript, { base: "/api" }, null)),
-    h("aside", { class: `column-side ${toggled("side") ? "shown" : ""}`, "aria-label": "State" }, agent_side(agent, "/api", threads)));
+    h(
+      "aside",
+      { class: `column-side ${toggled("side") ? "shown" : ""}`, "aria-label": "State" },
+      agent_side(agent, "/api", threads),
+    ),
+  );
 }
 
 // ── Start ────────────────────────────────────────────────────────────────────────────────────────

@@ -2,7 +2,25 @@
 
 import { h } from "./dom.js";
 import { ago, dollars, inline, plural, web_href } from "./text.js";
-import { act, button, context_bar, cost_words, draft, empty, field, heading, mark, panel, plain, refusal, set_draft, spend_draft, state_words, toggle, toggled } from "./parts.js";
+import {
+  act,
+  button,
+  context_bar,
+  cost_words,
+  draft,
+  empty,
+  field,
+  heading,
+  mark,
+  panel,
+  plain,
+  refusal,
+  set_draft,
+  spend_draft,
+  state_words,
+  toggle,
+  toggled,
+} from "./parts.js";
 import { changed, on, state } from "./store.js";
 import { get, post } from "./api.js";
 
@@ -12,48 +30,90 @@ const second_line = (agent) => agent.status_text ?? agent.state_reason ?? agent.
 
 function badges(agent) {
   return [
-    agent.needs_update && h("span", { class: "badge", title: "Its configuration was made for an older hyperhive: rebuild it" }, "needs update"),
+    agent.needs_update &&
+      h(
+        "span",
+        { class: "badge", title: "Its configuration was made for an older hyperhive: rebuild it" },
+        "needs update",
+      ),
     agent.unread > 0 && h("span", { class: "badge", title: "Messages it has not taken yet" }, `${agent.unread} unread`),
     agent.rehearsal && h("span", { class: "badge", title: "A scripted stand-in plays Claude" }, "rehearsal"),
   ];
 }
 
 function top_line(agent) {
-  return h("div", { class: "agent-top" },
+  return h(
+    "div",
+    { class: "agent-top" },
     h("a", { class: "agent-name", href: `#/agents/${agent.name}` }, agent.name),
     h("span", { class: "dim grow" }, state_words(agent), " ", ago(agent.kept ? null : agent.state_since, "for")),
-    h("span", { class: "dim money" }, dollars(agent.cost_today_usd)), context_bar(agent));
+    h("span", { class: "dim money" }, dollars(agent.cost_today_usd)),
+    context_bar(agent),
+  );
 }
 
 /** The row of the side column: two lines, no more. */
-export function agent_brief(agent) {
-  return h("div", { class: "row agent", key: agent.name }, mark(agent), h("div", { class: "grow" }, top_line(agent), h("p", { class: "dim second" }, inline(second_line(agent)))));
+function agent_brief(agent) {
+  return h(
+    "div",
+    { class: "row agent", key: agent.name },
+    mark(agent),
+    h("div", { class: "grow" }, top_line(agent), h("p", { class: "dim second" }, inline(second_line(agent)))),
+  );
 }
 
 export function agents_brief() {
   const { agents } = state;
   const working = agents.filter((agent) => agent.state === "working").length;
-  return [heading("Agents", agents.length > 0 && `${working} working`), panel(null, agents.length ? agents.map(agent_brief) : empty("No agent yet."))];
+  return [
+    heading("Agents", agents.length > 0 && `${working} working`),
+    panel(null, agents.length ? agents.map(agent_brief) : empty("No agent yet.")),
+  ];
 }
 
 function agent_row(agent) {
   const open = toggled(`levers:${agent.name}`);
-  return h("div", { class: `row agent ${agent.kept ? "kept" : ""}`, key: agent.name }, mark(agent),
-    h("div", { class: "grow" },
+  return h(
+    "div",
+    { class: `row agent ${agent.kept ? "kept" : ""}`, key: agent.name },
+    mark(agent),
+    h(
+      "div",
+      { class: "grow" },
       top_line(agent),
-      h("div", { class: "agent-second" },
+      h(
+        "div",
+        { class: "agent-second" },
         h("p", { class: "dim second" }, inline(second_line(agent))),
         h("span", { class: "badges" }, badges(agent)),
-        plain(open ? "Close" : "Manage", () => toggle(`levers:${agent.name}`, !open), { kind: "quiet", "aria-expanded": String(open), "aria-label": `Manage ${agent.name}` })),
-      open && h("div", { class: "levers" },
-        h("p", { class: "dim" }, facts(agent).join(" · ")),
-        h("div", { class: "buttons" }, levers(agent), agent.running && own_page(agent)),
-        destroy_form(agent), refusal(`agent:${agent.name}`))));
+        plain(open ? "Close" : "Manage", () => toggle(`levers:${agent.name}`, !open), {
+          kind: "quiet",
+          "aria-expanded": String(open),
+          "aria-label": `Manage ${agent.name}`,
+        }),
+      ),
+      open &&
+        h(
+          "div",
+          { class: "levers" },
+          h("p", { class: "dim" }, facts(agent).join(" · ")),
+          h("div", { class: "buttons" }, levers(agent), agent.running && own_page(agent)),
+          destroy_form(agent),
+          refusal(`agent:${agent.name}`),
+        ),
+    ),
+  );
 }
 
 function facts(agent) {
-  return [agent.active_model && `model ${agent.active_model}`, `today ${cost_words(agent)}`, agent.deployed_sha && `deployed ${agent.deployed_sha.slice(0, 7)}`,
-    agent.port && `port ${agent.port}`, agent.pending_reminders > 0 && plural(agent.pending_reminders, "reminder"), agent.parent && `asked for by ${agent.parent}`].filter(Boolean);
+  return [
+    agent.active_model && `model ${agent.active_model}`,
+    `today ${cost_words(agent)}`,
+    agent.deployed_sha && `deployed ${agent.deployed_sha.slice(0, 7)}`,
+    agent.port && `port ${agent.port}`,
+    agent.pending_reminders > 0 && plural(agent.pending_reminders, "reminder"),
+    agent.parent && `asked for by ${agent.parent}`,
+  ].filter(Boolean);
 }
 
 function own_page(agent) {
@@ -64,8 +124,16 @@ function own_page(agent) {
 // ── Levers ───────────────────────────────────────────────────────────────────────────────────────
 
 export function levers(agent) {
-  const lever = (action, label) => button(`agent:${agent.name}`, label, () => post(`/api/agents/${agent.name}/${action}`), { kind: "small", name: `${label} ${agent.name}` });
-  if (agent.kept) return [button(`agent:${agent.name}`, "Revive", () => post("/api/agents", { name: agent.name }), { kind: "small" }), destroy_button(agent)];
+  const lever = (action, label) =>
+    button(`agent:${agent.name}`, label, () => post(`/api/agents/${agent.name}/${action}`), {
+      kind: "small",
+      name: `${label} ${agent.name}`,
+    });
+  if (agent.kept)
+    return [
+      button(`agent:${agent.name}`, "Revive", () => post("/api/agents", { name: agent.name }), { kind: "small" }),
+      destroy_button(agent),
+    ];
   return [
     !agent.running && lever("start", "Start"),
     lever(agent.paused ? "resume" : "pause", agent.paused ? "Resume" : "Pause"),
@@ -80,7 +148,10 @@ export function levers(agent) {
 const destroying = (agent) => `destroy:${agent.name}`;
 
 function destroy_button(agent) {
-  return plain("Destroy…", () => toggle(destroying(agent), !toggled(destroying(agent))), { kind: "small danger", "aria-expanded": String(toggled(destroying(agent))) });
+  return plain("Destroy…", () => toggle(destroying(agent), !toggled(destroying(agent))), {
+    kind: "small danger",
+    "aria-expanded": String(toggled(destroying(agent))),
+  });
 }
 
 /** Destroying asks for the name typed again; without `purge` everything but the container stays. */
@@ -94,12 +165,37 @@ export function destroy_form(agent) {
     spend_draft(key);
     toggle(destroying(agent), false);
   };
-  return h("div", { class: "destroy" },
-    h("p", null, purge ? "Removes the container and wipes its notes, sign-in, configuration and mail. This can't be undone." : "Removes the container. Notes, sign-in, configuration and mail are kept; the same name revives them."),
-    h("label", { class: "check" }, h("input", { type: "checkbox", checked: purge, disabled: agent.kept, onchange: (event) => toggle(`purge:${agent.name}`, event.target.checked) }), "wipe everything it has, too"),
-    h("div", { class: "decide" },
+  return h(
+    "div",
+    { class: "destroy" },
+    h(
+      "p",
+      null,
+      purge
+        ? "Removes the container and wipes its notes, sign-in, configuration and mail. This can't be undone."
+        : "Removes the container. Notes, sign-in, configuration and mail are kept; the same name revives them.",
+    ),
+    h(
+      "label",
+      { class: "check" },
+      h("input", {
+        type: "checkbox",
+        checked: purge,
+        disabled: agent.kept,
+        onchange: (event) => toggle(`purge:${agent.name}`, event.target.checked),
+      }),
+      "wipe everything it has, too",
+    ),
+    h(
+      "div",
+      { class: "decide" },
       field(key, { label: `Type ${agent.name} to confirm`, oninput: (event) => confirm_typed(key, event, agent) }),
-      button(`agent:${agent.name}`, purge ? "Destroy and wipe" : "Destroy", destroy, { kind: "danger", disabled: !confirmed })));
+      button(`agent:${agent.name}`, purge ? "Destroy and wipe" : "Destroy", destroy, {
+        kind: "danger",
+        disabled: !confirmed,
+      }),
+    ),
+  );
 }
 
 function confirm_typed(key, event, agent) {
@@ -133,19 +229,35 @@ function new_agent() {
     spend_draft("spawn:description");
   };
   const enter = () => act("spawn", "Create", spawn);
-  return h("div", { class: "card-foot" },
-    h("div", { class: "decide" },
-      field("spawn:name", { label: "Name of a new agent", placeholder: "Name (a-z, 9 at most)", maxlength: "9", class: "field name-field", on_enter: enter }),
+  return h(
+    "div",
+    { class: "card-foot" },
+    h(
+      "div",
+      { class: "decide" },
+      field("spawn:name", {
+        label: "Name of a new agent",
+        placeholder: "Name (a-z, 9 at most)",
+        maxlength: "9",
+        class: "field name-field",
+        on_enter: enter,
+      }),
       field("spawn:description", { label: "What it is for (optional)", on_enter: enter }),
-      button("spawn", "Create", spawn, { kind: "main", name: "Create the agent" })),
-    refusal("spawn"));
+      button("spawn", "Create", spawn, { kind: "main", name: "Create the agent" }),
+    ),
+    refusal("spawn"),
+  );
 }
 
 export function agents_view() {
   const { agents } = state;
   return [
     heading("Agents", `${plural(agents.length, "agent")} · ${agents.filter((agent) => agent.running).length} running`),
-    panel(null, agents.length ? agents.map(agent_row) : empty("No agent yet. Start with the manager, or create one below."), new_agent()),
+    panel(
+      null,
+      agents.length ? agents.map(agent_row) : empty("No agent yet. Start with the manager, or create one below."),
+      new_agent(),
+    ),
     kept.length > 0 && [heading("Destroyed, state kept", kept.length), panel(null, kept.map(agent_row))],
   ];
 }

@@ -4,7 +4,7 @@ const STORED = "hyperhive-token";
 let token = "";
 let refuse = () => {};
 
-export class Refusal extends Error {
+class Refusal extends Error {
   constructor(message, { code = "", hint = "", status = 0 } = {}) {
     super(message);
     Object.assign(this, { code, hint, status });
@@ -51,7 +51,8 @@ export async function send_message(key, message) {
 }
 
 // Not crypto.randomUUID: browsers have it on https and localhost only.
-const random_id = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+const random_id = () =>
+  Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
 async function call(method, path, body) {
   const headers = { Authorization: `Bearer ${token}` };
@@ -60,7 +61,10 @@ async function call(method, path, body) {
   try {
     response = await fetch(path, { method, headers, body: body && JSON.stringify(body), cache: "no-store" });
   } catch {
-    throw new Refusal("The hive can't be reached.", { code: "unreachable", hint: "Nothing was changed that this page knows of. Try again when it is back." });
+    throw new Refusal("The hive can't be reached.", {
+      code: "unreachable",
+      hint: "Nothing was changed that this page knows of. Try again when it is back.",
+    });
   }
   const answer = await response.json().catch(() => ({}));
   if (response.ok) return answer;
@@ -103,7 +107,9 @@ export class Stream {
     this.hurry();
   }
 
-  hurry() { this.wake?.(); }
+  hurry() {
+    this.wake?.();
+  }
 
   async run() {
     while (!this.stopped) {
@@ -112,9 +118,15 @@ export class Stream {
       } catch (error) {
         if (error.status === 401) return;
       }
-      if (this.moving) { this.moving = false; continue; }
+      if (this.moving) {
+        this.moving = false;
+        continue;
+      }
       this.on_state(false);
-      await new Promise((resolve) => { this.wake = resolve; setTimeout(resolve, this.wait_ms * (0.75 + Math.random() / 2)); });
+      await new Promise((resolve) => {
+        this.wake = resolve;
+        setTimeout(resolve, this.wait_ms * (0.75 + Math.random() / 2));
+      });
       this.wake = null;
       this.wait_ms = Math.min(this.wait_ms * 2, LONGEST_WAIT_MS);
     }

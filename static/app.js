@@ -24,11 +24,30 @@ const usual_side = () => [agents_brief(), flow_brief()];
 const ROUTES = [
   { path: /^\/call$/, tab: "call", view: call_view, keys: call_keys },
   { path: /^\/approvals$/, tab: "call", view: past_view, enter: load_past },
-  { path: /^\/approvals\/(\d+)$/, tab: "call", view: one_approval, keys: (event, id) => approval_known(id) && press(approval_known(id), event.key) },
+  {
+    path: /^\/approvals\/(\d+)$/,
+    tab: "call",
+    view: one_approval,
+    keys: (event, id) => approval_known(id) && press(approval_known(id), event.key),
+  },
   { path: /^\/agents$/, tab: "agents", view: agents_view, side: flow_brief, enter: load_kept },
-  { path: /^\/agents\/([a-z][a-z0-9-]*)$/, tab: "agents", view: agent_view, side: agent_view_side, enter: show_agent, follows: true, wide: true },
+  {
+    path: /^\/agents\/([a-z][a-z0-9-]*)$/,
+    tab: "agents",
+    view: agent_view,
+    side: agent_view_side,
+    enter: show_agent,
+    follows: true,
+    wide: true,
+  },
   { path: /^\/flow$/, tab: "flow", view: () => flow_view(null), side: agents_brief, follows: true },
-  { path: /^\/flow\/thread\/(\d+)$/, tab: "flow", view: (id) => flow_view(Number(id)), side: agents_brief, follows: true },
+  {
+    path: /^\/flow\/thread\/(\d+)$/,
+    tab: "flow",
+    view: (id) => flow_view(Number(id)),
+    side: agents_brief,
+    follows: true,
+  },
   { path: /^\/deploys$/, tab: "deploys", view: deploys_view },
   { path: /^\/usage$/, tab: "usage", view: usage_view, enter: load_usage },
   { path: /^\/system$/, tab: "system", view: system_view, enter: load_system },
@@ -49,8 +68,12 @@ const approval_known = (id) => state.approvals.find((row) => row.id === Number(i
 function one_approval(id) {
   const row = approval_known(id);
   const { error } = detail(Number(id));
-  return [heading(`Request #${id}`, h("a", { href: "#/approvals" }, "All requests")),
-    row ? approval_card(row, { keys: true }) : panel({ class: "pad" }, error ? h("p", { class: "refusal", role: "alert" }, error.message) : "Loading…")];
+  return [
+    heading(`Request #${id}`, h("a", { href: "#/approvals" }, "All requests")),
+    row
+      ? approval_card(row, { keys: true })
+      : panel({ class: "pad" }, error ? h("p", { class: "refusal", role: "alert" }, error.message) : "Loading…"),
+  ];
 }
 
 // ── Around the view ──────────────────────────────────────────────────────────────────────────────
@@ -69,29 +92,73 @@ const COUNTED = { call: "waiting for you", flow: "unread", deploys: "running" };
 
 function tab([name, label, number_of, room], lit) {
   const number = number_of();
-  return h("a", { key: name, href: `#/${name}`, class: room ?? "", "aria-current": name === lit ? "page" : null },
-    label, number > 0 && h("span", { class: `count ${name === "call" ? "" : "quiet-count"}`, "aria-label": `${number} ${COUNTED[name]}` }, number));
+  return h(
+    "a",
+    { key: name, href: `#/${name}`, class: room ?? "", "aria-current": name === lit ? "page" : null },
+    label,
+    number > 0 &&
+      h(
+        "span",
+        { class: `count ${name === "call" ? "" : "quiet-count"}`, "aria-label": `${number} ${COUNTED[name]}` },
+        number,
+      ),
+  );
 }
 
 function pause_all() {
   const { agents } = state;
   const paused = agents.length > 0 && agents.every((agent) => agent.paused);
-  return agents.length > 0 && button("pause_all", paused ? "Resume all" : "Pause all", () => post("/api/pause_all", { paused: !paused }));
+  return (
+    agents.length > 0 &&
+    button("pause_all", paused ? "Resume all" : "Pause all", () => post("/api/pause_all", { paused: !paused }))
+  );
 }
 
 function top(lit) {
-  return h("header", { class: "top", key: "top" },
-    h("div", { class: "top-inner" },
+  return h(
+    "header",
+    { class: "top", key: "top" },
+    h(
+      "div",
+      { class: "top-inner" },
       h("a", { class: "brand", href: "#/call" }, logo(), h("h1", null, "hyperhive")),
-      h("nav", { "aria-label": "Views" }, TABS.map((one) => tab(one, lit))),
-      h("p", { class: "live dim" }, live_dot(), state.live ? "live" : "disconnected", h("span", { class: "more" }, ` · ${plural(state.agents.length, "agent")} · ${dollars(state.usage.today_usd)} today`), state.hive.rehearsal && h("span", { class: "badge", title: REHEARSAL }, "rehearsal")),
-      h("div", { class: "roomy" }, pause_all())));
+      h(
+        "nav",
+        { "aria-label": "Views" },
+        TABS.map((one) => tab(one, lit)),
+      ),
+      h(
+        "p",
+        { class: "live dim" },
+        live_dot(),
+        state.live ? "live" : "disconnected",
+        h(
+          "span",
+          { class: "more" },
+          ` · ${plural(state.agents.length, "agent")} · ${dollars(state.usage.today_usd)} today`,
+        ),
+        state.hive.rehearsal && h("span", { class: "badge", title: REHEARSAL }, "rehearsal"),
+      ),
+      h("div", { class: "roomy" }, pause_all()),
+    ),
+  );
 }
 
 function more_view() {
-  return [heading("More"), panel(null, [["usage", "Usage", "what it cost, by agent and day"], ["system", "System", "what runs here, schedules, audit"], ["approvals", "All requests", "and how they ended"]]
-    .map(([name, label, about]) => h("a", { class: "row line", href: `#/${name}` }, h("strong", null, label), h("span", { class: "dim" }, about)))),
-  h("div", { class: "buttons after" }, pause_all())];
+  return [
+    heading("More"),
+    panel(
+      null,
+      [
+        ["usage", "Usage", "what it cost, by agent and day"],
+        ["system", "System", "what runs here, schedules, audit"],
+        ["approvals", "All requests", "and how they ended"],
+      ].map(([name, label, about]) =>
+        h("a", { class: "row line", href: `#/${name}` }, h("strong", null, label), h("span", { class: "dim" }, about)),
+      ),
+    ),
+    h("div", { class: "buttons after" }, pause_all()),
+  ];
 }
 
 // ── Drawing ──────────────────────────────────────────────────────────────────────────────────────
@@ -101,7 +168,10 @@ let refused = null;
 function draw() {
   if (refused !== null) {
     document.title = "hyperhive";
-    return render(document.body, token_view(refused, "`hyperhive.py url` on the machine of the hive prints the link with it.", start));
+    return render(
+      document.body,
+      token_view(refused, "`hyperhive.py url` on the machine of the hive prints the link with it.", start),
+    );
   }
   const { route, parts } = where();
   const count = waiting().length;
@@ -111,19 +181,36 @@ function draw() {
 }
 
 function page(route, parts) {
-  if (!state.ready) return h("main", { key: "main", class: "page" }, h("div", { class: "column-main" }, panel(null, h("p", { class: "empty" }, "Connecting…"))));
-  return h("div", { key: "page", class: `page ${route.wide ? "wide" : ""}` },
-    h("main", { id: "main", tabindex: "-1", class: "column-main" },
+  if (!state.ready)
+    return h(
+      "main",
+      { key: "main", class: "page" },
+      h("div", { class: "column-main" }, panel(null, h("p", { class: "empty" }, "Connecting…"))),
+    );
+  return h(
+    "div",
+    { key: "page", class: `page ${route.wide ? "wide" : ""}` },
+    h(
+      "main",
+      { id: "main", tabindex: "-1", class: "column-main" },
       state.hive.rehearsal && route.view === call_view && h("p", { key: "rehearsal", class: "rehearsal" }, REHEARSAL),
-      refusal("pause_all"), h("div", { key: location.hash || "#/call" }, route.view(...parts))),
-    h("aside", { class: `column-side ${toggled("side") ? "shown" : ""}`, "aria-label": "Beside" }, h("div", { key: route.side ? location.hash : "usual" }, (route.side ?? usual_side)(...parts))));
+      refusal("pause_all"),
+      h("div", { key: location.hash || "#/call" }, route.view(...parts)),
+    ),
+    h(
+      "aside",
+      { class: `column-side ${toggled("side") ? "shown" : ""}`, "aria-label": "Beside" },
+      h("div", { key: route.side ? location.hash : "usual" }, (route.side ?? usual_side)(...parts)),
+    ),
+  );
 }
 
 // ── Events ───────────────────────────────────────────────────────────────────────────────────────
 
 let stream = null;
 
-const stream_path = ({ route, parts }) => (route.enter === show_agent ? `/api/stream?agent=${parts[0]}` : "/api/stream");
+const stream_path = ({ route, parts }) =>
+  route.enter === show_agent ? `/api/stream?agent=${parts[0]}` : "/api/stream";
 
 function go() {
   if (take_token_from_address()) return start();

@@ -1,12 +1,13 @@
 // Your call: everything that waits for the operator, and nothing else.
 
 import { h } from "./dom.js";
-import { ago, clock, inline, plural, prose } from "./text.js";
-import { act, button, draft, empty, field, heading, is_busy, panel, plain, refusal, spend_draft, toggle, toggled } from "./parts.js";
+import { ago, clock, plural, prose } from "./text.js";
+import { button, empty, heading, panel, refusal } from "./parts.js";
 import { agent_named, changed, is_new, is_running_phase, state } from "./store.js";
 import { get, post } from "./api.js";
 import { approval_card, kind_words, press, request_words } from "./approval.js";
 import { signin } from "./agent.js";
+import { open_question, press_option, question_card } from "./question.js";
 
 // What a notice points to is known here, too, and perhaps newer: then that counts.
 const HOLDS = {
@@ -15,13 +16,23 @@ const HOLDS = {
   start_manager: () => !agent_named("manager"),
 };
 const pending_approval = (id) => state.approvals.find((row) => row.id === id && row.status === "pending");
-const open_question = (id) => state.questions.find((row) => row.id === id);
 
 /** What the hive says needs the operator, and sign-ins under way: they wait for a code. */
 export function waiting() {
   const known = new Set(state.attention.map((row) => row.key));
-  const signing_in = state.agents.filter((agent) => agent.state === "signing_in" && !known.has(`needs_login-${agent.name}`));
-  return [...state.attention.filter((row) => !(row.kind in HOLDS) || HOLDS[row.kind](row)), ...signing_in.map(({ name, state_since }) => ({ key: `needs_login-${name}`, kind: "needs_login", agent: name, text: "", since: state_since }))];
+  const signing_in = state.agents.filter(
+    (agent) => agent.state === "signing_in" && !known.has(`needs_login-${agent.name}`),
+  );
+  return [
+    ...state.attention.filter((row) => !(row.kind in HOLDS) || HOLDS[row.kind](row)),
+    ...signing_in.map(({ name, state_since }) => ({
+      key: `needs_login-${name}`,
+      kind: "needs_login",
+      agent: name,
+      text: "",
+      since: state_since,
+    })),
+  ];
 }
 
 // ── The keyboard ─────────────────────────────────────────────────────────────────────────────────
@@ -60,92 +71,72 @@ function step(rows, index) {
   document.querySelector(`[data-card="${CSS.escape(rows[index].key)}"]`)?.scrollIntoView({ block: "nearest" });
 }
 
-// ── Questions ────────────────────────────────────────────────────────────────────────────────────
-
-const answer_key = (id) => `answer:${id}`;
-const question_group = (id) => `question:${id}`;
-
-async function answer(id, text) {
-  await post(`/api/questions/${id}/answer`, { text });
-  spend_draft(answer_key(id));
-}
-
-function press_option(id, index) {
-  const question = open_question(id);
-  const option = question.options?.[index];
-  if (option === undefined || is_busy(question_group(id))) return;
-  if (question.multi) toggle_choice(id, option);
-  else act(question_group(id), option, () => answer(id, option));
-}
-
-const chosen = (id) => toggled(`chosen:${id}`, []);
-
-function toggle_choice(id, option) {
-  const now = chosen(id);
-  toggle(`chosen:${id}`, now.includes(option) ? now.filter((other) => other !== option) : [...now, option]);
-}
-
-function choices(question, keys) {
-  const { id, options, multi } = question;
-  const hint = (index) => (keys && index < 9 ? String(index + 1) : "");
-  return h("div", { class: "options", role: "group", "aria-label": "Suggested answers" }, options.map((option, index) => (multi
-    ? h("button", { key: option, type: "button", class: "button option", "aria-pressed": String(chosen(id).includes(option)), disabled: is_busy(question_group(id)), onclick: () => toggle_choice(id, option) },
-      option, hint(index) && h("kbd", { "aria-hidden": "true" }, hint(index)))
-    : button(question_group(id), option, () => answer(id, option), { kind: "option", hint: hint(index) }))));
-}
-
-export function question_card(question, { keys = false, ...props } = {}) {
-  const { id } = question;
-  const [first, ...rest] = question.question.split("\n");
-  const short = first.length <= 120;
-  const send = () => {
-    const text = [...(question.multi ? chosen(id) : []), draft(answer_key(id)).trim()].filter(Boolean).join(", ");
-    return text && act(question_group(id), "Send", () => answer(id, text));
-  };
-  return h("article", { ...props, class: `card ${props.class ?? ""}`, "aria-label": `Question of ${question.from}` },
-    h("header", { class: "card-head" },
-      h("div", { class: "card-title" }, h("span", { class: "label" }, "Question"), h("h3", null, short ? [`${question.from} asks: `, inline(first)] : `${question.from} asks`)),
-      h("span", { class: "dim" }, question.to !== "operator" && `of ${question.to} · `, ago(question.asked_at), question.expires_at && ` · expires ${clock(question.expires_at)}`)),
-    prose(short ? rest.join("\n").trim() : question.question, { class: "card-body" }),
-    question.options?.length > 0 && choices(question, keys),
-    h("div", { class: "card-foot" },
-      h("div", { class: "decide" },
-        field(answer_key(id), { label: `Answer to ${question.from}`, placeholder: question.options?.length ? "Or in your own words…" : "Your answer", on_enter: send }),
-        plain("Send", send, { disabled: is_busy(question_group(id)), kind: question.options?.length ? "" : "main" })),
-      refusal(question_group(id))));
-}
-
 // ── Everything else that needs a person ──────────────────────────────────────────────────────────
 
 const NOTICES = {
-  needs_login: { label: "Sign-in", tone: "bad", title: (row) => (agent_named(row.agent)?.state === "signing_in" ? `${row.agent} signs in` : `${row.agent} is signed out`) },
+  needs_login: {
+    label: "Sign-in",
+    tone: "bad",
+    title: (row) =>
+      agent_named(row.agent)?.state === "signing_in" ? `${row.agent} signs in` : `${row.agent} is signed out`,
+  },
   failed: { label: "Failed", tone: "bad", title: (row) => `${row.agent} failed` },
   rate_limited: { label: "Limit", tone: "warn", title: (row) => `${row.agent} is at its limit` },
-  paused: { label: "Paused", tone: "warn", title: (row) => (row.agent ? `${row.agent} was paused` : "agents were paused") },
+  paused: {
+    label: "Paused",
+    tone: "warn",
+    title: (row) => (row.agent ? `${row.agent} was paused` : "agents were paused"),
+  },
   budget: { label: "Budget", tone: "warn", title: (row) => `${row.agent} has spent its budget` },
-  dead_letter: { label: "Undelivered", tone: "bad", title: (row) => `a message${row.agent ? ` to ${row.agent}` : ""} could not be delivered` },
+  dead_letter: {
+    label: "Undelivered",
+    tone: "bad",
+    title: (row) => `a message${row.agent ? ` to ${row.agent}` : ""} could not be delivered`,
+  },
 };
 
 function notice_card(row, props) {
   const { label, tone, title } = NOTICES[row.kind] ?? { label: row.kind, tone: "warn", title: () => row.text };
   const agent = row.agent && agent_named(row.agent);
-  return h("article", { ...props, class: `card ${props.class ?? ""}`, "aria-label": title(row) },
-    h("header", { class: "card-head" },
+  return h(
+    "article",
+    { ...props, class: `card ${props.class ?? ""}`, "aria-label": title(row) },
+    h(
+      "header",
+      { class: "card-head" },
       h("div", { class: "card-title" }, h("span", { class: `label ${tone}` }, label), h("h3", null, title(row))),
-      h("span", { class: "dim" }, ago(row.since), agent?.unread > 0 && ` · ${plural(agent.unread, "message")} ${agent.unread === 1 ? "waits" : "wait"}`)),
-    h("div", { class: "card-foot" },
-      row.kind === "needs_login" && agent ? signin(agent, `/api/agents/${agent.name}`, prose(row.text, { class: "dim" }))
+      h(
+        "span",
+        { class: "dim" },
+        ago(row.since),
+        agent?.unread > 0 && ` · ${plural(agent.unread, "message")} ${agent.unread === 1 ? "waits" : "wait"}`,
+      ),
+    ),
+    h(
+      "div",
+      { class: "card-foot" },
+      row.kind === "needs_login" && agent
+        ? signin(agent, `/api/agents/${agent.name}`, prose(row.text, { class: "dim" }))
         : h("div", { class: "decide" }, prose(row.text, { class: "dim" }), notice_buttons(row, agent)),
-      refusal(notice_group(row))));
+      refusal(notice_group(row)),
+    ),
+  );
 }
 
 const notice_group = (row) => `notice:${row.key}`;
 
 /** A notice that came as a message goes when that is read; the others when what they tell of is over. */
 function notice_buttons(row, agent) {
-  const lever = (label, action) => button(notice_group(row), label, () => post(`/api/agents/${agent.name}/${action}`), { kind: "main", name: `${label} ${agent.name}` });
+  const lever = (label, action) =>
+    button(notice_group(row), label, () => post(`/api/agents/${agent.name}/${action}`), {
+      kind: "main",
+      name: `${label} ${agent.name}`,
+    });
   return [
-    row.key.startsWith("message-") && button(notice_group(row), "Seen", () => post("/api/messages/read", { ids: [row.id] }), { name: `Seen: ${row.text}` }),
+    row.key.startsWith("message-") &&
+      button(notice_group(row), "Seen", () => post("/api/messages/read", { ids: [row.id] }), {
+        name: `Seen: ${row.text}`,
+      }),
     row.kind === "dead_letter" && h("a", { class: "button", href: "#/flow" }, "Look in Flow"),
     agent && h("a", { class: "button", href: `#/agents/${agent.name}` }, `Open ${agent.name}`),
     agent && row.kind === "failed" && (agent.running ? lever("Restart", "restart") : lever("Start", "start")),
@@ -156,19 +147,49 @@ function notice_buttons(row, agent) {
 function first_card(row, props) {
   const exists = agent_named("manager");
   const start = () => (exists ? post("/api/agents/manager/start") : post("/api/agents", { name: "manager" }));
-  return h("article", { ...props, class: `card ${props.class ?? ""}`, "aria-label": "Start the manager" },
-    h("header", { class: "card-head" }, h("div", { class: "card-title" }, h("span", { class: "label" }, "Welcome"), h("h3", null, "the hive is empty"))),
-    h("div", { class: "card-body prose" },
-      h("p", null, "It starts with one agent, the manager. You tell it what you need; it asks for further agents and for changes to them."),
-      h("p", null, "Each request appears here with all that it would change. Nothing happens until you approve it.")),
-    h("div", { class: "card-foot" }, h("div", { class: "decide" }, h("p", { class: "dim" }, row.text), button("start_manager", "Start the manager", start, { kind: "main" })), refusal("start_manager")));
+  return h(
+    "article",
+    { ...props, class: `card ${props.class ?? ""}`, "aria-label": "Start the manager" },
+    h(
+      "header",
+      { class: "card-head" },
+      h("div", { class: "card-title" }, h("span", { class: "label" }, "Welcome"), h("h3", null, "the hive is empty")),
+    ),
+    h(
+      "div",
+      { class: "card-body prose" },
+      h(
+        "p",
+        null,
+        "It starts with one agent, the manager. You tell it what you need; it asks for further agents and for changes to them.",
+      ),
+      h("p", null, "Each request appears here with all that it would change. Nothing happens until you approve it."),
+    ),
+    h(
+      "div",
+      { class: "card-foot" },
+      h(
+        "div",
+        { class: "decide" },
+        h("p", { class: "dim" }, row.text),
+        button("start_manager", "Start the manager", start, { kind: "main" }),
+      ),
+      refusal("start_manager"),
+    ),
+  );
 }
 
 // ── The view ─────────────────────────────────────────────────────────────────────────────────────
 
 function card(row) {
   const keys = row.key === marked;
-  const props = { key: row.key, "data-card": row.key, class: `${is_new("attention", row.key) ? "new" : ""} ${keys ? "marked" : ""}`, onpointerdown: () => choose(row.key), made: (dom) => dom.addEventListener("focusin", () => choose(row.key)) };
+  const props = {
+    key: row.key,
+    "data-card": row.key,
+    class: `${is_new("attention", row.key) ? "new" : ""} ${keys ? "marked" : ""}`,
+    onpointerdown: () => choose(row.key),
+    made: (dom) => dom.addEventListener("focusin", () => choose(row.key)),
+  };
   if (row.kind === "approval") return approval_card(pending_approval(row.id), { keys, ...props });
   if (row.kind === "question") return question_card(open_question(row.id), { keys, ...props });
   if (row.kind === "start_manager") return first_card(row, props);
@@ -182,9 +203,30 @@ export function call_view() {
   mark_card(rows);
   const under_way = state.approvals.filter((row) => is_running_phase(row.phase));
   return [
-    heading(rows.length ? `${plural(rows.length, "thing")} ${rows.length === 1 ? "waits" : "wait"} for you` : "Nothing waits for you", rows.length > 0 && ["oldest ", ago(oldest(rows), "for")]),
-    h("div", { class: "cards" }, rows.length ? rows.map(card) : panel(null, empty("All requests are decided and all questions answered. What comes next appears here by itself."))),
-    under_way.length > 0 && [heading("Under way", plural(under_way.length, "request")), h("div", { class: "cards" }, under_way.map((row) => approval_card(row, { key: row.id, brief: true })))],
+    heading(
+      rows.length
+        ? `${plural(rows.length, "thing")} ${rows.length === 1 ? "waits" : "wait"} for you`
+        : "Nothing waits for you",
+      rows.length > 0 && ["oldest ", ago(oldest(rows), "for")],
+    ),
+    h(
+      "div",
+      { class: "cards" },
+      rows.length
+        ? rows.map(card)
+        : panel(
+            null,
+            empty("All requests are decided and all questions answered. What comes next appears here by itself."),
+          ),
+    ),
+    under_way.length > 0 && [
+      heading("Under way", plural(under_way.length, "request")),
+      h(
+        "div",
+        { class: "cards" },
+        under_way.map((row) => approval_card(row, { key: row.id, brief: true })),
+      ),
+    ],
     h("p", { class: "after" }, h("a", { href: "#/approvals" }, "All requests and how they ended")),
   ];
 }
@@ -194,15 +236,36 @@ export function call_view() {
 const past = { rows: null, error: null };
 
 export function load_past() {
-  get("/api/approvals").then((answer) => Object.assign(past, { rows: answer.approvals, error: null }), (error) => Object.assign(past, { error })).finally(changed);
+  get("/api/approvals")
+    .then(
+      (answer) => Object.assign(past, { rows: answer.approvals, error: null }),
+      (error) => Object.assign(past, { error }),
+    )
+    .finally(changed);
 }
 
 export function past_view() {
-  return [heading("All requests", h("a", { href: "#/call" }, "Your call")), panel(null,
-    past.error && h("p", { class: "refusal pad", role: "alert" }, past.error.message),
-    !past.rows && !past.error && empty("Loading…"), past.rows?.length === 0 && empty("Nobody asked for anything yet."),
-    past.rows?.map((row) => h("a", { key: row.id, class: "row line", href: `#/approvals/${row.id}` },
-      h("span", { class: "label" }, kind_words(row)), h("span", { class: "grow" }, `#${row.id} ${request_words(row)}`),
-      h("span", { class: { failed: "bad", approved: "ok", pending: "warn" }[row.status] ?? "dim" }, row.phase && row.status === "approved" ? row.phase : row.status),
-      h("span", { class: "dim" }, clock(row.requested_at)))))];
+  return [
+    heading("All requests", h("a", { href: "#/call" }, "Your call")),
+    panel(
+      null,
+      past.error && h("p", { class: "refusal pad", role: "alert" }, past.error.message),
+      !past.rows && !past.error && empty("Loading…"),
+      past.rows?.length === 0 && empty("Nobody asked for anything yet."),
+      past.rows?.map((row) =>
+        h(
+          "a",
+          { key: row.id, class: "row line", href: `#/approvals/${row.id}` },
+          h("span", { class: "label" }, kind_words(row)),
+          h("span", { class: "grow" }, `#${row.id} ${request_words(row)}`),
+          h(
+            "span",
+            { class: { failed: "bad", approved: "ok", pending: "warn" }[row.status] ?? "dim" },
+            row.phase && row.status === "approved" ? row.phase : row.status,
+          ),
+          h("span", { class: "dim" }, clock(row.requested_at)),
+        ),
+      ),
+    ),
+  ];
 }

@@ -6,7 +6,7 @@ import { fold } from "./parts.js";
 const LINES_OPEN = 400; // a longer file starts folded
 
 /** [{path, lines: [[kind, text]], added, removed, note}]; kind is "added", "removed", "same", "place". */
-export function parse_diff(text) {
+function parse_diff(text) {
   const files = [];
   let file = null;
   let in_hunk = false;
@@ -38,26 +38,52 @@ function take_header(file, line) {
 }
 
 function take_line(file, line) {
-  if (line.startsWith("+")) { file.added += 1; file.lines.push(["added", line]); }
-  else if (line.startsWith("-")) { file.removed += 1; file.lines.push(["removed", line]); }
-  else if (line !== "") file.lines.push([line.startsWith("\\") ? "place" : "same", line]);
+  if (line.startsWith("+")) {
+    file.added += 1;
+    file.lines.push(["added", line]);
+  } else if (line.startsWith("-")) {
+    file.removed += 1;
+    file.lines.push(["removed", line]);
+  } else if (line !== "") file.lines.push([line.startsWith("\\") ? "place" : "same", line]);
 }
 
 export function diff_lines(lines) {
-  return h("pre", { class: "diff", tabindex: "0" }, lines.map(([kind, text]) =>
-    h("span", { class: kind }, kind === "place" ? text : [h("i", { class: "sign" }, text.slice(0, 1)), text.slice(1)], "\n")));
+  return h(
+    "pre",
+    { class: "diff", tabindex: "0" },
+    lines.map(([kind, text]) =>
+      h(
+        "span",
+        { class: kind },
+        kind === "place" ? text : [h("i", { class: "sign" }, text.slice(0, 1)), text.slice(1)],
+        "\n",
+      ),
+    ),
+  );
 }
 
 export function diff_view(key, text) {
   const files = parse_diff(text);
   if (!files.length) return h("p", { class: "dim pad" }, text.trim() ? text : "No change to any file.");
-  return files.map((file) => fold(`${key}:${file.path}`,
-    [h("span", { class: "path" }, file.path), h("span", { class: "figures" }, counts(file)), file.note && h("span", { class: "dim" }, file.note)],
-    () => file.lines.length > 0 && diff_lines(file.lines),
-    { otherwise: file.lines.length <= LINES_OPEN, class: "file" }));
+  return files.map((file) =>
+    fold(
+      `${key}:${file.path}`,
+      [
+        h("span", { class: "path" }, file.path),
+        h("span", { class: "figures" }, counts(file)),
+        file.note && h("span", { class: "dim" }, file.note),
+      ],
+      () => file.lines.length > 0 && diff_lines(file.lines),
+      { otherwise: file.lines.length <= LINES_OPEN, class: "file" },
+    ),
+  );
 }
 
-export const counts = ({ added, removed }) => [h("b", { class: "plus" }, `+${added}`), " ", h("b", { class: "minus" }, `−${removed}`)];
+export const counts = ({ added, removed }) => [
+  h("b", { class: "plus" }, `+${added}`),
+  " ",
+  h("b", { class: "minus" }, `−${removed}`),
+];
 
 /** What an edit tool did, as lines: the common start and end of both texts stay plain. */
 export function edit_lines(before, after) {
@@ -66,7 +92,12 @@ export function edit_lines(before, after) {
   let start = 0;
   while (start < old_lines.length && start < new_lines.length && old_lines[start] === new_lines[start]) start += 1;
   let end = 0;
-  while (end < old_lines.length - start && end < new_lines.length - start && old_lines.at(-1 - end) === new_lines.at(-1 - end)) end += 1;
+  while (
+    end < old_lines.length - start &&
+    end < new_lines.length - start &&
+    old_lines.at(-1 - end) === new_lines.at(-1 - end)
+  )
+    end += 1;
   return [
     ...old_lines.slice(0, start).map((line) => ["same", ` ${line}`]),
     ...old_lines.slice(start, old_lines.length - end).map((line) => ["removed", `-${line}`]),

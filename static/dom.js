@@ -10,8 +10,10 @@ const SVG = "http://www.w3.org/2000/svg";
 // ── Safe text ────────────────────────────────────────────────────────────────────────────────────
 
 // Whole sequences only: one that never ends would take with it what follows.
-const ANSI = /\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)|[PX^_][^\x1b\n]*\x1b\\|[ -/]*[0-OQ-WYZ\\`-~])/g;
-const UNSEEN = /[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]/gu;
+const ANSI =
+  /\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)|[PX^_][^\x1b\n]*\x1b\\|[ -/]*[0-OQ-WYZ\\`-~])/g;
+const UNSEEN =
+  /[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]/gu;
 
 function name_of(char) {
   const code = char.codePointAt(0);
@@ -43,7 +45,8 @@ export function memo(key, deps, build) {
 function slots(children, place = "", found = []) {
   children.forEach((child, index) => {
     if (Array.isArray(child)) slots(child, `${place}${index}.`, found);
-    else if (child !== null && child !== undefined && child !== false && child !== "") found.push([child.key === undefined ? place + index : `=${child.key}`, child]);
+    else if (child !== null && child !== undefined && child !== false && child !== "")
+      found.push([child.key === undefined ? place + index : `=${child.key}`, child]);
   });
   return found;
 }

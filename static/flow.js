@@ -2,18 +2,36 @@
 
 import { h, memo } from "./dom.js";
 import { clock, prose, prose_preview, you_or } from "./text.js";
-import { act, button, draft, empty, field, heading, panel, refusal, set_draft, spend_draft, toggle, toggled } from "./parts.js";
+import {
+  act,
+  button,
+  draft,
+  empty,
+  field,
+  heading,
+  panel,
+  refusal,
+  set_draft,
+  spend_draft,
+  toggle,
+  toggled,
+} from "./parts.js";
 import { add_older_messages, is_new, state } from "./store.js";
 import { get, post, send_message } from "./api.js";
 
 const who = you_or;
 
 /** What Your call shows as a notice stays there until it is seen there. */
-export function is_unread(message) {
-  return message.to === "operator" && message.state !== "acked" && !state.attention.some((row) => row.key === `message-${message.id}`);
+function is_unread(message) {
+  return (
+    message.to === "operator" &&
+    message.state !== "acked" &&
+    !state.attention.some((row) => row.key === `message-${message.id}`)
+  );
 }
 
-export const unread_count = () => state.messages.filter(is_unread).length;
+export const unread_count = () =>
+  state.messages.filter((message) => message.from !== "system" && is_unread(message)).length;
 
 // ── The side column ──────────────────────────────────────────────────────────────────────────────
 
@@ -21,9 +39,22 @@ const BRIEF = 6;
 
 export function flow_brief() {
   const latest = together(state.messages.slice(-10 * BRIEF)).slice(-BRIEF);
-  return [heading("Flow", latest.length > 0 && h("a", { href: "#/flow" }, "all and write")), panel({ class: "brief" },
-    latest.length ? latest.map((message) => h("div", { class: `row ${is_new("message", message.id) ? "new" : ""}`, key: message.id },
-      route(message), h("p", { class: "clamp" }, prose_preview(message.body, 200)))) : empty("No message yet."))];
+  return [
+    heading("Flow", latest.length > 0 && h("a", { href: "#/flow" }, "all and write")),
+    panel(
+      { class: "brief" },
+      latest.length
+        ? latest.map((message) =>
+            h(
+              "div",
+              { class: `row ${is_new("message", message.id) ? "new" : ""}`, key: message.id },
+              route(message),
+              h("p", { class: "clamp" }, prose_preview(message.body, 200)),
+            ),
+          )
+        : empty("No message yet."),
+    ),
+  ];
 }
 
 /** A message to everyone is stored as a copy each; it is shown once. */
@@ -31,14 +62,26 @@ function together(messages) {
   const out = [];
   for (const message of messages) {
     const last = out.at(-1);
-    if (message.broadcast && last?.broadcast && last.from === message.from && last.at === message.at && last.body === message.body) out[out.length - 1] = { ...last, to: "all" };
+    if (
+      message.broadcast &&
+      last?.broadcast &&
+      last.from === message.from &&
+      last.at === message.at &&
+      last.body === message.body
+    )
+      out[out.length - 1] = { ...last, to: "all" };
     else out.push(message);
   }
   return out;
 }
 
 function route(message) {
-  return h("div", { class: "row-top" }, h("span", null, who(message.from), " → ", who(message.to)), h("span", null, clock(message.at)));
+  return h(
+    "div",
+    { class: "row-top" },
+    h("span", null, who(message.from), " → ", who(message.to)),
+    h("span", null, clock(message.at)),
+  );
 }
 
 // ── Filter and thread ────────────────────────────────────────────────────────────────────────────
@@ -75,7 +118,9 @@ const at_start = () => state.messages.length < FEW || reached_start.has("") || r
 async function earlier() {
   const name = filter();
   const first = shown_messages(null)[0]?.id ?? state.messages[0]?.id;
-  const { messages } = await get(`/api/messages?max=${PAGE}${first ? `&before=${first}` : ""}${name ? `&with=${name}` : ""}`);
+  const { messages } = await get(
+    `/api/messages?max=${PAGE}${first ? `&before=${first}` : ""}${name ? `&with=${name}` : ""}`,
+  );
   if (messages.length < PAGE) reached_start.add(name);
   add_older_messages(messages);
 }
@@ -94,7 +139,9 @@ export async function mark_read() {
   } catch {
     // still unread then: the next look tries again
   } finally {
-    setTimeout(() => { marking = false; }, 2000);
+    setTimeout(() => {
+      marking = false;
+    }, 2000);
   }
 }
 
@@ -105,13 +152,28 @@ const UNDELIVERED = { queued: "waiting", leased: "being read", dead: "undelivere
 function message_row(message) {
   const { id, in_reply_to, state: delivery, from } = message;
   const mine = from === "operator";
-  return h("article", { class: `message ${mine ? "mine" : ""} ${from === "system" ? "from-system" : ""} ${is_new("message", id) ? "new" : ""}`, id: `message-${id}`, "aria-label": `${who(from)} to ${who(message.to)}` },
-    route(message), prose(message.body),
-    h("p", { class: "meta" },
-      h("a", { href: `#/flow/thread/${id}` }, `#${id}`), in_reply_to && [" · in reply to ", h("a", { href: `#/flow/thread/${id}` }, `#${in_reply_to}`)],
-      message.broadcast && " · to everyone", message.kind && ` · ${message.kind.replaceAll("_", " ")}`,
-      message.to !== "operator" && UNDELIVERED[delivery] && h("span", { class: delivery === "dead" ? "bad" : "" }, ` · ${UNDELIVERED[delivery]}`),
-      message.attempts > 1 && ` · attempt ${message.attempts}`));
+  return h(
+    "article",
+    {
+      class: `message ${mine ? "mine" : ""} ${from === "system" ? "from-system" : ""} ${is_new("message", id) ? "new" : ""}`,
+      id: `message-${id}`,
+      "aria-label": `${who(from)} to ${who(message.to)}`,
+    },
+    route(message),
+    prose(message.body),
+    h(
+      "p",
+      { class: "meta" },
+      h("a", { href: `#/flow/thread/${id}` }, `#${id}`),
+      in_reply_to && [" · in reply to ", h("a", { href: `#/flow/thread/${id}` }, `#${in_reply_to}`)],
+      message.broadcast && " · to everyone",
+      message.kind && ` · ${message.kind.replaceAll("_", " ")}`,
+      message.to !== "operator" &&
+        UNDELIVERED[delivery] &&
+        h("span", { class: delivery === "dead" ? "bad" : "" }, ` · ${UNDELIVERED[delivery]}`),
+      message.attempts > 1 && ` · attempt ${message.attempts}`,
+    ),
+  );
 }
 
 function compose(thread) {
@@ -126,29 +188,84 @@ function compose(thread) {
     await send_message(key, { to, body, ...(to === partner && { in_reply_to: last.id }) });
     if (draft(key).trim() === body) spend_draft(key);
   };
-  return h("div", { class: "composer" },
-    h("div", { class: "decide" },
-      h("select", { key: `to:${names.join()}:${to}`, class: "field to", "aria-label": "To", onchange: (event) => { set_draft("flow:to", event.target.value); toggle("flow:to", event.target.value); } },
-        names.map((name) => h("option", { value: name, selected: name === to }, `to ${name}`)), names.length > 1 && h("option", { value: "*", selected: to === "*" }, "to all")),
-      field(key, { tag: "textarea", rows: "2", label: to === partner ? `Reply to ${to}` : "Message", placeholder: to === partner ? `Reply to ${to}` : `Write to ${to === "*" ? "all agents" : to ?? "an agent, once there is one"}`, on_enter: () => act("flow:send", "Send", send) }),
-      button("flow:send", "Send", send, { kind: "main", disabled: !to })),
-    refusal("flow:send"));
+  return h(
+    "div",
+    { class: "composer" },
+    h(
+      "div",
+      { class: "decide" },
+      h(
+        "select",
+        {
+          key: `to:${names.join()}:${to}`,
+          class: "field to",
+          "aria-label": "To",
+          onchange: (event) => {
+            set_draft("flow:to", event.target.value);
+            toggle("flow:to", event.target.value);
+          },
+        },
+        names.map((name) => h("option", { value: name, selected: name === to }, `to ${name}`)),
+        names.length > 1 && h("option", { value: "*", selected: to === "*" }, "to all"),
+      ),
+      field(key, {
+        tag: "textarea",
+        rows: "2",
+        label: to === partner ? `Reply to ${to}` : "Message",
+        placeholder:
+          to === partner
+            ? `Reply to ${to}`
+            : `Write to ${to === "*" ? "all agents" : (to ?? "an agent, once there is one")}`,
+        on_enter: () => act("flow:send", "Send", send),
+      }),
+      button("flow:send", "Send", send, { kind: "main", disabled: !to }),
+    ),
+    refusal("flow:send"),
+  );
 }
 
 function filter_field() {
-  const names = [...new Set(state.messages.flatMap((message) => [message.from, message.to]))].filter((name) => name !== "*").sort();
-  return h("label", null, "with ", h("select", { class: "field small", onchange: (event) => toggle("flow:with", event.target.value) },
-    h("option", { value: "", selected: !filter() }, "anyone"), names.map((name) => h("option", { key: name, value: name, selected: filter() === name }, who(name)))));
+  const names = [...new Set(state.messages.flatMap((message) => [message.from, message.to]))]
+    .filter((name) => name !== "*")
+    .sort();
+  return h(
+    "label",
+    null,
+    "with ",
+    h(
+      "select",
+      { class: "field small", onchange: (event) => toggle("flow:with", event.target.value) },
+      h("option", { value: "", selected: !filter() }, "anyone"),
+      names.map((name) => h("option", { key: name, value: name, selected: filter() === name }, who(name))),
+    ),
+  );
 }
 
 export function flow_view(thread) {
   const messages = together(shown_messages(thread));
   return [
-    thread ? heading(`Thread of #${thread}`, h("a", { href: "#/flow" }, "All messages")) : heading("Flow", filter_field()),
-    panel({ class: "flow" },
-      !thread && messages.length > 0 && !at_start() && h("div", { class: "earlier" }, button("flow:earlier", "Earlier…", earlier, { kind: "small" }), refusal("flow:earlier")),
-      messages.length === 0 && empty("No message yet. What agents write to each other and to you appears here as it happens."),
-      messages.map((message) => memo(message.id, [message.state, message.attempts, message.to, is_new("message", message.id)], () => message_row(message))),
-      compose(thread)),
+    thread
+      ? heading(`Thread of #${thread}`, h("a", { href: "#/flow" }, "All messages"))
+      : heading("Flow", filter_field()),
+    panel(
+      { class: "flow" },
+      !thread &&
+        messages.length > 0 &&
+        !at_start() &&
+        h(
+          "div",
+          { class: "earlier" },
+          button("flow:earlier", "Earlier…", earlier, { kind: "small" }),
+          refusal("flow:earlier"),
+        ),
+      messages.length === 0 &&
+        empty("No message yet. What agents write to each other and to you appears here as it happens."),
+      messages.map((message) =>
+        memo(message.id, [message.state, message.attempts, message.to, is_new("message", message.id)], () =>
+          message_row(message),
+        ),
+      ),
+      compose(thread),
+    ),
   ];
 }

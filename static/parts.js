@@ -54,10 +54,19 @@ export const is_busy = (group) => Boolean(running.get(group)?.busy);
 /** A button of a group. `work` is a function that returns a promise; what it throws is shown by `refusal(group)`. */
 export function button(group, label, work, { kind = "", hint = "", disabled = false, name } = {}) {
   const busy = running.get(group)?.busy;
-  return h("button", {
-    type: "button", class: `button ${kind} ${busy === label ? "busy" : ""}`, disabled: Boolean(busy) || disabled,
-    "aria-label": name, "aria-keyshortcuts": hint || null, onclick: () => act(group, label, work),
-  }, label, hint && h("kbd", { "aria-hidden": "true" }, hint));
+  return h(
+    "button",
+    {
+      type: "button",
+      class: `button ${kind} ${busy === label ? "busy" : ""}`,
+      disabled: Boolean(busy) || disabled,
+      "aria-label": name,
+      "aria-keyshortcuts": hint || null,
+      onclick: () => act(group, label, work),
+    },
+    label,
+    hint && h("kbd", { "aria-hidden": "true" }, hint),
+  );
 }
 
 /** A button that only changes what is shown. */
@@ -75,9 +84,16 @@ export function refusal(group) {
 
 export function field(key, { tag = "input", label, placeholder = label, on_enter, ...props }) {
   return h(tag, {
-    key: `field:${key}`, class: "field", "aria-label": label, placeholder, "data-draft": key, value: draft(key), autocomplete: "off",
+    key: `field:${key}`,
+    class: "field",
+    "aria-label": label,
+    placeholder,
+    "data-draft": key,
+    value: draft(key),
+    autocomplete: "off",
     oninput: (event) => set_draft(key, event.target.value),
-    onkeydown: on_enter && ((event) => enter(event, tag, on_enter)), ...props,
+    onkeydown: on_enter && ((event) => enter(event, tag, on_enter)),
+    ...props,
   });
 }
 
@@ -91,9 +107,16 @@ function enter(event, tag, on_enter) {
 /** A folded part: `summary` is always seen, `content()` is only made when it is open. */
 export function fold(key, summary, content, { otherwise = false, ...props } = {}) {
   const open = toggled(key, otherwise);
-  return h("div", { key, ...props },
-    h("button", { type: "button", class: "summary", "aria-expanded": String(open), onclick: () => toggle(key, !open) }, summary),
-    open && content());
+  return h(
+    "div",
+    { key, ...props },
+    h(
+      "button",
+      { type: "button", class: "summary", "aria-expanded": String(open), onclick: () => toggle(key, !open) },
+      summary,
+    ),
+    open && content(),
+  );
 }
 
 // ── Panels ───────────────────────────────────────────────────────────────────────────────────────
@@ -119,25 +142,43 @@ const INSIDE = {
   stop: "M6 8h4",
 };
 const MARKS = {
-  working: ["mark-working"], starting: ["mark-idle"], idle: ["mark-idle"], stopped: ["mark-quiet", "stop"], offline: ["mark-quiet", "stop"],
-  paused: ["mark-quiet", "pause"], needs_login: ["mark-needs", "needs"], signing_in: ["mark-needs", "needs"],
-  rate_limited: ["mark-needs", "pause"], failed: ["mark-failed", "cross"],
+  working: ["mark-working"],
+  starting: ["mark-idle"],
+  idle: ["mark-idle"],
+  stopped: ["mark-quiet", "stop"],
+  offline: ["mark-quiet", "stop"],
+  paused: ["mark-quiet", "pause"],
+  needs_login: ["mark-needs", "needs"],
+  signing_in: ["mark-needs", "needs"],
+  rate_limited: ["mark-needs", "pause"],
+  failed: ["mark-failed", "cross"],
 };
 
-export const STATE_WORDS = {
-  needs_login: "needs login", rate_limited: "at its limit", signing_in: "signing in",
+const STATE_WORDS = {
+  needs_login: "needs login",
+  rate_limited: "at its limit",
+  signing_in: "signing in",
 };
-export const state_words = (agent) => (agent.kept ? "destroyed, state kept" : STATE_WORDS[agent.state] ?? agent.state);
+export const state_words = (agent) =>
+  agent.kept ? "destroyed, state kept" : (STATE_WORDS[agent.state] ?? agent.state);
 
 export function mark(agent) {
-  const [look, inside] = agent.kept ? ["mark-quiet", "stop"] : MARKS[agent.state] ?? ["mark-idle"];
-  return h("svg", { class: `mark ${look}`, viewBox: "0 0 16 16", role: "img", "aria-label": state_words(agent) },
-    h("path", { class: "hexagon", d: HEXAGON }), inside && h("path", { class: "inside", d: INSIDE[inside] }));
+  const [look, inside] = agent.kept ? ["mark-quiet", "stop"] : (MARKS[agent.state] ?? ["mark-idle"]);
+  return h(
+    "svg",
+    { class: `mark ${look}`, viewBox: "0 0 16 16", role: "img", "aria-label": state_words(agent) },
+    h("path", { class: "hexagon", d: HEXAGON }),
+    inside && h("path", { class: "inside", d: INSIDE[inside] }),
+  );
 }
 
 export function logo() {
-  return h("svg", { class: "logo", viewBox: "0 0 16 16", "aria-hidden": "true" },
-    h("path", { class: "hexagon", d: HEXAGON }), h("path", { class: "core", d: "M8 5 10.6 6.5v3L8 11 5.4 9.5v-3Z" }));
+  return h(
+    "svg",
+    { class: "logo", viewBox: "0 0 16 16", "aria-hidden": "true" },
+    h("path", { class: "hexagon", d: HEXAGON }),
+    h("path", { class: "core", d: "M8 5 10.6 6.5v3L8 11 5.4 9.5v-3Z" }),
+  );
 }
 
 // ── Bars ─────────────────────────────────────────────────────────────────────────────────────────
@@ -146,7 +187,13 @@ export function context_bar({ context_tokens, context_window }) {
   if (!context_window) return h("span", { class: "bar unknown", title: "context: not known yet" });
   const part = Math.min(1, (context_tokens ?? 0) / context_window);
   const words = `context: ${Math.round(part * 100)} % of ${thousands(context_window)}`;
-  return h("span", { class: `bar ${part > 0.85 ? "full" : ""}`, role: "img", "aria-label": words, title: words, vars: { "--part": part } });
+  return h("span", {
+    class: `bar ${part > 0.85 ? "full" : ""}`,
+    role: "img",
+    "aria-label": words,
+    title: words,
+    vars: { "--part": part },
+  });
 }
 
 export function cost_words({ cost_today_usd, daily_budget_usd }) {

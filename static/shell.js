@@ -16,21 +16,45 @@ export function token_view(message, where, retry) {
     keep_token(text.replace(/^.*#token=/, "")); // the whole link will do, too
     retry();
   };
-  return h("main", { key: "token", class: "gate" }, h("form", { class: "panel pad", onsubmit: submit },
-    h("div", { class: "brand" }, logo(), h("h1", null, "hyperhive")),
-    message && h("p", { class: "refusal", role: "alert" }, message),
-    h("label", { for: "token" }, "Paste the token of this page"),
-    h("div", { class: "decide" },
-      h("input", { id: "token", name: "token", type: "password", class: "field", autocomplete: "off", spellcheck: "false", made: (dom) => setTimeout(() => dom.focus()) }),
-      h("button", { class: "button main" }, "Open")),
-    h("p", { class: "dim" }, where)));
+  return h(
+    "main",
+    { key: "token", class: "gate" },
+    h(
+      "form",
+      { class: "panel pad", onsubmit: submit },
+      h("div", { class: "brand" }, logo(), h("h1", null, "hyperhive")),
+      message && h("p", { class: "refusal", role: "alert" }, message),
+      h("label", { for: "token" }, "Paste the token of this page"),
+      h(
+        "div",
+        { class: "decide" },
+        h("input", {
+          id: "token",
+          name: "token",
+          type: "password",
+          class: "field",
+          autocomplete: "off",
+          spellcheck: "false",
+          made: (dom) => setTimeout(() => dom.focus()),
+        }),
+        h("button", { class: "button main" }, "Open"),
+      ),
+      h("p", { class: "dim" }, where),
+    ),
+  );
 }
 
 // ── The connection ───────────────────────────────────────────────────────────────────────────────
 
 export function banner() {
   if (state.live || !state.ready) return null;
-  return h("div", { key: "banner", class: "banner", role: "status" }, "Disconnected since ", ago(state.lost_at), ". What is shown may be old; trying again…");
+  return h(
+    "div",
+    { key: "banner", class: "banner", role: "status" },
+    "Disconnected since ",
+    ago(state.lost_at),
+    ". What is shown may be old; trying again…",
+  );
 }
 
 export function live_dot() {
@@ -47,20 +71,29 @@ let own_scroll = false;
 const page = document.documentElement;
 const near_end = () => page.scrollHeight - innerHeight - scrollY < NEAR_PX;
 
-addEventListener("scroll", () => {
-  if (!own_scroll) following = near_end();
-  own_scroll = false;
-}, { passive: true });
+addEventListener(
+  "scroll",
+  () => {
+    if (!own_scroll) following = near_end();
+    own_scroll = false;
+  },
+  { passive: true },
+);
 
-export function follow_from_now(yes) { following = yes; }
+export function follow_from_now(yes) {
+  following = yes;
+}
 
 /** Draws with `draw`, then puts the page and every log where the person had them: at the end, if they were there. */
 export function draw_following(draw, follows) {
-  const at_end = [...document.querySelectorAll("[data-follow]")].filter((log) => log.scrollHeight - log.clientHeight - log.scrollTop < NEAR_PX);
+  const at_end = [...document.querySelectorAll("[data-follow]")].filter(
+    (log) => log.scrollHeight - log.clientHeight - log.scrollTop < NEAR_PX,
+  );
   const known = new Set(document.querySelectorAll("[data-follow]"));
   const was_following = following;
   draw();
-  for (const log of document.querySelectorAll("[data-follow]")) if (at_end.includes(log) || !known.has(log)) log.scrollTop = log.scrollHeight;
+  for (const log of document.querySelectorAll("[data-follow]"))
+    if (at_end.includes(log) || !known.has(log)) log.scrollTop = log.scrollHeight;
   if (!follows || !was_following) return;
   following = true;
   if (page.scrollHeight - innerHeight - scrollY < 1) return;

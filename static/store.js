@@ -3,9 +3,19 @@
 import { set_clock } from "./text.js";
 
 export const state = {
-  ready: false, live: false, lost_at: null,
-  hive: {}, version: "", agents: [], approvals: [], questions: [], messages: [], deploys: [], attention: [],
-  usage: { today_usd: 0 }, paused_all: false,
+  ready: false,
+  live: false,
+  lost_at: null,
+  hive: {},
+  version: "",
+  agents: [],
+  approvals: [],
+  questions: [],
+  messages: [],
+  deploys: [],
+  attention: [],
+  usage: { today_usd: 0 },
+  paused_all: false,
   logs: new Map(), // deploy id → lines
 };
 
@@ -17,13 +27,18 @@ export const is_new = (kind, id) => arrived.has(`${kind}:${id}`);
 
 let draw = () => {};
 let due = false;
-export function draw_with(function_) { draw = function_; }
+export function draw_with(function_) {
+  draw = function_;
+}
 
 /** Asks for a new drawing: many changes, one drawing. A hidden page has no frames, but it has a title. */
 export function changed() {
   if (due) return;
   due = true;
-  const now = () => { due = false; draw(); };
+  const now = () => {
+    due = false;
+    draw();
+  };
   if (document.hidden) setTimeout(now, 200);
   else requestAnimationFrame(now);
 }
@@ -73,7 +88,10 @@ const CHANGES = {
     if (replace(state.agents, row, "name")) tell("roster");
     sort_agents();
   },
-  agent_gone: ({ name }) => { remove(state.agents, name, "name"); tell("roster"); },
+  agent_gone: ({ name }) => {
+    remove(state.agents, name, "name");
+    tell("roster");
+  },
   approval: ({ row }) => {
     if (is_open_approval(row)) replace(state.approvals, row);
     else remove(state.approvals, row.id);
@@ -84,10 +102,15 @@ const CHANGES = {
     if (replace(state.messages, row)) arrived.add(`message:${row.id}`);
     if (state.messages.length > MESSAGES_KEPT) state.messages.splice(0, 500);
   },
-  deploy: ({ row }) => { if (replace(state.deploys, row)) arrived.add(`deploy:${row.id}`); },
+  deploy: ({ row }) => {
+    if (replace(state.deploys, row)) arrived.add(`deploy:${row.id}`);
+  },
   deploy_log: ({ id, lines }) => add_log(id, lines),
   attention: ({ rows }) => take_attention(rows),
-  usage: ({ today_usd }) => { state.usage.today_usd = today_usd; tell("usage"); },
+  usage: ({ today_usd }) => {
+    state.usage.today_usd = today_usd;
+    tell("usage");
+  },
   events: ({ agent, events }) => tell("events", agent, events),
 };
 
@@ -130,7 +153,7 @@ export function add_older_messages(rows) {
 // ── Looking ──────────────────────────────────────────────────────────────────────────────────────
 
 export const is_running_phase = (phase) => phase === "queued" || phase === "building" || phase === "switching";
-export const is_open_approval = (row) => row.status === "pending" || is_running_phase(row.phase);
+const is_open_approval = (row) => row.status === "pending" || is_running_phase(row.phase);
 export const agent_named = (name) => state.agents.find((agent) => agent.name === name);
 
 function sort_agents() {

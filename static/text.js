@@ -22,7 +22,11 @@ export function prose(text, props = {}) {
 }
 
 function paragraphs(text) {
-  return text.split(/\n{2,}/).map((part) => part.replace(/^\n+|\n+$/g, "")).filter(Boolean).map((part) => h("p", null, inline(part)));
+  return text
+    .split(/\n{2,}/)
+    .map((part) => part.replace(/^\n+|\n+$/g, ""))
+    .filter(Boolean)
+    .map((part) => h("p", null, inline(part)));
 }
 
 export function inline(words) {
@@ -42,7 +46,9 @@ export function inline(words) {
 
 /** The start of a text, on one line. */
 export function prose_preview(text, length = 140) {
-  const line = visible(text ?? "").replace(/\s+/g, " ").trim();
+  const line = visible(text ?? "")
+    .replace(/\s+/g, " ")
+    .trim();
   return line.length > length ? `${line.slice(0, length)}…` : line;
 }
 
@@ -84,7 +90,9 @@ export function thousands(number) {
 // Ages are told by the hive's clock, not the browser's.
 
 let clock_offset_ms = 0;
-export function set_clock(now) { clock_offset_ms = Date.parse(now) - Date.now(); }
+export function set_clock(now) {
+  clock_offset_ms = Date.parse(now) - Date.now();
+}
 export const hive_now = () => Date.now() + clock_offset_ms;
 
 export function span(ms) {
@@ -118,9 +126,16 @@ const WORDINGS = {
 /** <time-ago at=… wording="ago|for|until">: words that keep up with the clock by themselves. */
 class TimeAgo extends HTMLElement {
   static observedAttributes = ["at", "wording"];
-  connectedCallback() { ticking.add(this); this.tick(); }
-  disconnectedCallback() { ticking.delete(this); }
-  attributeChangedCallback() { this.tick(); }
+  connectedCallback() {
+    ticking.add(this);
+    this.tick();
+  }
+  disconnectedCallback() {
+    ticking.delete(this);
+  }
+  attributeChangedCallback() {
+    this.tick();
+  }
   tick() {
     const at = Date.parse(this.getAttribute("at"));
     if (Number.isNaN(at)) return;

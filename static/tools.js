@@ -11,11 +11,20 @@ const OURS = "mcp__hive__";
 
 // What of the input says most, for tools we know; for others the first text in it.
 const TELLING = {
-  Bash: (input) => input.command, Read: (input) => input.file_path, Edit: (input) => input.file_path, MultiEdit: (input) => input.file_path,
-  Write: (input) => input.file_path, NotebookEdit: (input) => input.notebook_path, WebFetch: (input) => input.url, WebSearch: (input) => input.query,
-  Grep: (input) => [input.pattern, input.path].filter(Boolean).join("  in "), Glob: (input) => input.pattern,
-  Task: (input) => input.description, Agent: (input) => input.description,
-  [`${OURS}send`]: (input) => `to ${input.to}: ${input.body}`, [`${OURS}ask`]: (input) => input.question,
+  Bash: (input) => input.command,
+  Read: (input) => input.file_path,
+  Edit: (input) => input.file_path,
+  MultiEdit: (input) => input.file_path,
+  Write: (input) => input.file_path,
+  NotebookEdit: (input) => input.notebook_path,
+  WebFetch: (input) => input.url,
+  WebSearch: (input) => input.query,
+  Grep: (input) => [input.pattern, input.path].filter(Boolean).join("  in "),
+  Glob: (input) => input.pattern,
+  Task: (input) => input.description,
+  Agent: (input) => input.description,
+  [`${OURS}send`]: (input) => `to ${input.to}: ${input.body}`,
+  [`${OURS}ask`]: (input) => input.question,
 };
 
 function telling(name, input) {
@@ -31,12 +40,22 @@ export function tool_box(step, draw_child) {
   const key = `tool:${step.call.id}`;
   const edits = edits_of(name, input);
   const open = toggled(key);
-  return h("div", { class: `tool ${step.result?.data.is_error ? "wrong" : ""}` },
-    h("button", { type: "button", class: "tool-head", "aria-expanded": String(open), onclick: () => toggle(key, !open) },
-      h("b", null, title(name)), h("code", null, first_line(telling(name, input))), h("span", { class: "outcome" }, outcome(step, edits))),
+  return h(
+    "div",
+    { class: `tool ${step.result?.data.is_error ? "wrong" : ""}` },
+    h(
+      "button",
+      { type: "button", class: "tool-head", "aria-expanded": String(open), onclick: () => toggle(key, !open) },
+      h("b", null, title(name)),
+      h("code", null, first_line(telling(name, input))),
+      h("span", { class: "outcome" }, outcome(step, edits)),
+    ),
     open && input_view(name, input, edits),
     step.children.length > 0 && nested(key, step.children, draw_child),
-    step.result && (open || worth_showing(step.result.data, edits)) && output_view(key, step.result.data, name === "Read" ? 0 : SHOWN_LINES, open));
+    step.result &&
+      (open || worth_showing(step.result.data, edits)) &&
+      output_view(key, step.result.data, name === "Read" ? 0 : SHOWN_LINES, open),
+  );
 }
 
 function first_line(text) {
@@ -65,7 +84,8 @@ function outcome({ call, result }, edits) {
 
 // What an edit answers, and our own tools' bare "ok", is only shown on demand.
 const BARE = /^\{"(ok":true|id":\d+)\}$/;
-const worth_showing = ({ output = "", is_error, images }, edits) => is_error || images > 0 || (!edits && !BARE.test(output));
+const worth_showing = ({ output = "", is_error, images }, edits) =>
+  is_error || images > 0 || (!edits && !BARE.test(output));
 
 function input_view(name, input, edits) {
   if (edits) return edits.map((lines) => diff_lines(lines));
@@ -76,10 +96,16 @@ function input_view(name, input, edits) {
 
 function nested(key, children, draw_child) {
   const open = toggled(`${key}:steps`);
-  return h("div", { class: "nested" },
-    h("button", { type: "button", class: "quiet", "aria-expanded": String(open), onclick: () => toggle(`${key}:steps`, !open) },
-      `sub-agent, ${plural(children.length, "step")}, ${open ? "fold" : "unfold"}`),
-    open && children.map(draw_child));
+  return h(
+    "div",
+    { class: "nested" },
+    h(
+      "button",
+      { type: "button", class: "quiet", "aria-expanded": String(open), onclick: () => toggle(`${key}:steps`, !open) },
+      `sub-agent, ${plural(children.length, "step")}, ${open ? "fold" : "unfold"}`,
+    ),
+    open && children.map(draw_child),
+  );
 }
 
 function output_view(key, { output = "", images, is_error }, shown, open) {
@@ -88,11 +114,17 @@ function output_view(key, { output = "", images, is_error }, shown, open) {
   const whole = open || (lines <= shown && text.length <= SHOWN_CHARACTERS);
   const picture_words = images ? h("p", { class: "dim pad" }, plural(images, "picture")) : null;
   if (!lines) return picture_words;
-  if (whole && text.startsWith("diff --git ")) return [h("div", { class: "output-diff" }, diff_view(key, text)), picture_words];
+  if (whole && text.startsWith("diff --git "))
+    return [h("div", { class: "output-diff" }, diff_view(key, text)), picture_words];
   const part = whole ? text : text.split("\n").slice(0, shown).join("\n").slice(0, SHOWN_CHARACTERS);
   return [
     part && h("pre", { class: `output ${is_error ? "bad" : ""}`, tabindex: "0" }, part),
-    !whole && h("button", { type: "button", class: "quiet more", onclick: () => toggle(key, true) }, `all ${plural(lines, "line")}`),
+    !whole &&
+      h(
+        "button",
+        { type: "button", class: "quiet more", onclick: () => toggle(key, true) },
+        `all ${plural(lines, "line")}`,
+      ),
     picture_words,
   ];
 }

@@ -70,18 +70,35 @@ export class Transcript {
     const height = document.documentElement.scrollHeight;
     const first_id = this.first_id;
     this.add(await this.fetch_older(first_id, PAGE));
-    if (this.first_id === first_id) await new Promise((resolve) => { setTimeout(resolve, LATE_MS); });
+    if (this.first_id === first_id)
+      await new Promise((resolve) => {
+        setTimeout(resolve, LATE_MS);
+      });
     this.at_start = this.first_id === 1 || this.first_id === first_id;
-    requestAnimationFrame(() => requestAnimationFrame(() => scrollBy({ top: document.documentElement.scrollHeight - height, behavior: "instant" })));
+    requestAnimationFrame(() =>
+      requestAnimationFrame(() =>
+        scrollBy({ top: document.documentElement.scrollHeight - height, behavior: "instant" }),
+      ),
+    );
   }
 
   draw() {
     const turns = [...this.turns.values()].sort((a, b) => a.events[0].id - b.events[0].id);
     const last = turns.at(-1);
-    return h("div", { class: "transcript", role: "log", "aria-label": `Transcript of ${this.name}`, "aria-live": "off" },
-      !this.at_start && turns.length > 0 && h("div", { class: "earlier" }, button(this.key, "Earlier…", () => this.earlier(), { kind: "small" }), refusal(this.key)),
+    return h(
+      "div",
+      { class: "transcript", role: "log", "aria-label": `Transcript of ${this.name}`, "aria-live": "off" },
+      !this.at_start &&
+        turns.length > 0 &&
+        h(
+          "div",
+          { class: "earlier" },
+          button(this.key, "Earlier…", () => this.earlier(), { kind: "small" }),
+          refusal(this.key),
+        ),
       turns.length === 0 && h("p", { class: "empty" }, "Nothing happened here yet."),
-      turns.map((turn, index) => this.draw_turn(turn, index >= turns.length - OPEN_TURNS, turn === last)));
+      turns.map((turn, index) => this.draw_turn(turn, index >= turns.length - OPEN_TURNS, turn === last)),
+    );
   }
 
   draw_turn(turn, otherwise, is_last) {
@@ -89,7 +106,9 @@ export class Transcript {
     const open = toggled(key, otherwise);
     const all = toggled(`${key}:all`);
     const partial = is_last ? this.partial : "";
-    return memo(`turn:${turn.number}`, [turn.version, open, all, partial, is_last, open && toggles_made], () => draw_turn(key, turn, { open, all, partial }));
+    return memo(`turn:${turn.number}`, [turn.version, open, all, partial, is_last, open && toggles_made], () =>
+      draw_turn(key, turn, { open, all, partial }),
+    );
   }
 }
 
@@ -99,27 +118,61 @@ function draw_turn(key, turn, { open, all, partial }) {
   const start = turn.events.find((event) => event.kind === "turn_start");
   const end = turn.events.find((event) => event.kind === "turn_end");
   const steps = steps_of(turn.events);
-  if (!start && !end && !steps.some((step) => step.call || step.words)) return h("section", { class: "turn between" }, steps.map(draw_step));
+  if (!start && !end && !steps.some((step) => step.call || step.words))
+    return h("section", { class: "turn between" }, steps.map(draw_step));
   const hidden = all ? 0 : Math.max(0, steps.length - STEPS_SHOWN);
-  return h("section", { class: `turn ${open ? "open" : ""}`, "aria-label": `Turn ${turn.number}` },
+  return h(
+    "section",
+    { class: `turn ${open ? "open" : ""}`, "aria-label": `Turn ${turn.number}` },
     turn_line(key, turn, { start, end, steps, open }),
-    open && h("div", { class: "steps" },
-      hidden > 0 && h("div", { class: "earlier" }, plain(`${count(hidden)} earlier steps`, () => toggle(`${key}:all`, true), { kind: "small" })),
-      steps.slice(hidden).map(draw_step),
-      partial && step_row("", h("div", { class: "prose live-text" }, h("p", null, partial, h("span", { class: "cursor", "aria-hidden": "true" })))),
-      end && end.data.outcome !== "done" && step_row("", h("p", { class: end.data.outcome === "failed" ? "bad" : "dim" },
-        `${end.data.outcome === "failed" ? "The turn failed" : "Interrupted"}${end.data.reason ? `: ${end.data.reason}` : "."}`))));
+    open &&
+      h(
+        "div",
+        { class: "steps" },
+        hidden > 0 &&
+          h(
+            "div",
+            { class: "earlier" },
+            plain(`${count(hidden)} earlier steps`, () => toggle(`${key}:all`, true), { kind: "small" }),
+          ),
+        steps.slice(hidden).map(draw_step),
+        partial &&
+          step_row(
+            "",
+            h(
+              "div",
+              { class: "prose live-text" },
+              h("p", null, partial, h("span", { class: "cursor", "aria-hidden": "true" })),
+            ),
+          ),
+        end &&
+          end.data.outcome !== "done" &&
+          step_row(
+            "",
+            h(
+              "p",
+              { class: end.data.outcome === "failed" ? "bad" : "dim" },
+              `${end.data.outcome === "failed" ? "The turn failed" : "Interrupted"}${end.data.reason ? `: ${end.data.reason}` : "."}`,
+            ),
+          ),
+      ),
+  );
 }
 
 function turn_line(key, turn, { start, end, steps, open }) {
   const from = start ?? turn.events[0];
-  return h("button", { type: "button", class: "turn-line", "aria-expanded": String(open), onclick: () => toggle(key, !open) },
+  return h(
+    "button",
+    { type: "button", class: "turn-line", "aria-expanded": String(open), onclick: () => toggle(key, !open) },
     h("span", { class: "turn-name" }, `Turn ${turn.number}`),
     h("span", null, clock(from.at, true), end && ` – ${clock(end.at, true)}`),
     h("span", { class: "gist" }, !open && gist(start)),
     h("span", { class: "figures" }, end ? figures(end.data) : ["running ", ago(from.at, "for"), tools_so_far(steps)]),
-    end && end.data.outcome !== "done" && h("span", { class: end.data.outcome === "failed" ? "bad" : "warn" }, end.data.outcome),
-    h("span", { class: "fold-word" }, open ? "fold" : "unfold"));
+    end &&
+      end.data.outcome !== "done" &&
+      h("span", { class: end.data.outcome === "failed" ? "bad" : "warn" }, end.data.outcome),
+    h("span", { class: "fold-word" }, open ? "fold" : "unfold"),
+  );
 }
 
 function gist(start) {
@@ -128,7 +181,14 @@ function gist(start) {
 }
 
 function figures({ tools, tokens, cost_usd, duration_ms }) {
-  return [tools > 0 && plural(tools, "tool"), tokens > 0 && `${count(tokens)} tokens`, dollars(cost_usd), duration_ms >= 0 && duration(duration_ms)].filter(Boolean).join(" · ");
+  return [
+    tools > 0 && plural(tools, "tool"),
+    tokens > 0 && `${count(tokens)} tokens`,
+    dollars(cost_usd),
+    duration_ms >= 0 && duration(duration_ms),
+  ]
+    .filter(Boolean)
+    .join(" · ");
 }
 
 const tools_so_far = (steps) => {
@@ -145,7 +205,8 @@ function steps_of(events) {
   for (const event of events) {
     const { data } = event;
     const list = calls.get(data.parent)?.children ?? steps;
-    if (event.kind === "turn_start" || event.kind === "mail") for (const mail of data.messages ?? []) steps.push({ id: `${event.id}:${mail.id}`, mail });
+    if (event.kind === "turn_start" || event.kind === "mail")
+      for (const mail of data.messages ?? []) steps.push({ id: `${event.id}:${mail.id}`, mail });
     else if (event.kind === "text" || event.kind === "thinking") list.push({ id: event.id, words: event });
     else if (event.kind === "tool_call") {
       const step = { id: event.id, call: event, result: null, children: [] };
@@ -160,13 +221,24 @@ function steps_of(events) {
 function join_result(calls, list, event) {
   const step = calls.get(event.data.tool_use_id);
   if (step) step.result = event;
-  else list.push({ id: event.id, call: { id: event.id, at: event.at, data: { name: "result of an earlier call", input: {} } }, result: event, children: [] });
+  else
+    list.push({
+      id: event.id,
+      call: { id: event.id, at: event.at, data: { name: "result of an earlier call", input: {} } },
+      result: event,
+      children: [],
+    });
 }
 
 const worth_a_line = (event) => event.kind !== "state" || !["idle", "working"].includes(event.data.state);
 
 function step_row(who, body, props) {
-  return h("div", { ...props, class: `step ${props?.class ?? ""}` }, h("div", { class: "who" }, who), h("div", { class: "body" }, body));
+  return h(
+    "div",
+    { ...props, class: `step ${props?.class ?? ""}` },
+    h("div", { class: "who" }, who),
+    h("div", { class: "body" }, body),
+  );
 }
 
 function draw_step(step) {
@@ -178,9 +250,19 @@ function draw_step(step) {
 }
 
 function mail_row({ id, mail }) {
-  const more = [`message ${mail.id}`, mail.in_reply_to && `in reply to ${mail.in_reply_to}`, mail.broadcast && "to everyone", mail.redelivered && "given again", mail.via === "page" && "typed on this agent's page"];
+  const more = [
+    `message ${mail.id}`,
+    mail.in_reply_to && `in reply to ${mail.in_reply_to}`,
+    mail.broadcast && "to everyone",
+    mail.redelivered && "given again",
+    mail.via === "page" && "typed on this agent's page",
+  ];
   const from = mail.via === "page" || mail.from === "operator" ? "you" : mail.from;
-  return step_row(`from ${from}`, h("div", { class: "mail" }, prose(mail.body), h("p", { class: "meta" }, more.filter(Boolean).join(" · "))), { key: id });
+  return step_row(
+    `from ${from}`,
+    h("div", { class: "mail" }, prose(mail.body), h("p", { class: "meta" }, more.filter(Boolean).join(" · "))),
+    { key: id },
+  );
 }
 
 function thinking_row({ id, words }) {
@@ -189,14 +271,28 @@ function thinking_row({ id, words }) {
   const lines = text.split("\n").length;
   const open = toggled(key);
   if (open || (lines === 1 && text.length < 120)) {
-    return step_row("thinking", h("div", { class: "thinking" }, prose(text), open && plain("fold", () => toggle(key, false), { kind: "quiet" })), { key: id });
+    return step_row(
+      "thinking",
+      h("div", { class: "thinking" }, prose(text), open && plain("fold", () => toggle(key, false), { kind: "quiet" })),
+      { key: id },
+    );
   }
-  return step_row("thinking", h("button", { type: "button", class: "thinking folded", "aria-expanded": "false", onclick: () => toggle(key, true) },
-    h("span", { class: "gist" }, text.split("\n", 1)[0]), h("span", { class: "fold-word" }, lines > 1 ? `${plural(lines, "line")}, unfold` : "unfold")), { key: id });
+  return step_row(
+    "thinking",
+    h(
+      "button",
+      { type: "button", class: "thinking folded", "aria-expanded": "false", onclick: () => toggle(key, true) },
+      h("span", { class: "gist" }, text.split("\n", 1)[0]),
+      h("span", { class: "fold-word" }, lines > 1 ? `${plural(lines, "line")}, unfold` : "unfold"),
+    ),
+    { key: id },
+  );
 }
 
 function line_words({ kind, data, at }) {
-  if (kind === "compaction") return `${clock(at, true)}  The conversation was compacted${data.pre_tokens ? ` from ${count(data.pre_tokens)}` : ""}${data.post_tokens ? ` to ${count(data.post_tokens)} tokens` : ""}.`;
-  if (kind === "state") return `${clock(at, true)}  ${data.state.replace("_", " ")}${data.reason ? `: ${data.reason}` : ""}${data.until ? ` until ${clock(data.until)}` : ""}`;
+  if (kind === "compaction")
+    return `${clock(at, true)}  The conversation was compacted${data.pre_tokens ? ` from ${count(data.pre_tokens)}` : ""}${data.post_tokens ? ` to ${count(data.post_tokens)} tokens` : ""}.`;
+  if (kind === "state")
+    return `${clock(at, true)}  ${data.state.replace("_", " ")}${data.reason ? `: ${data.reason}` : ""}${data.until ? ` until ${clock(data.until)}` : ""}`;
   return `${clock(at, true)}  ${data.text ?? kind}`;
 }
