@@ -34,6 +34,7 @@ import argparse
 import base64
 import collections
 import contextlib
+import dataclasses
 import datetime
 import enum
 import errno
@@ -231,6 +232,7 @@ class Failure(enum.StrEnum):
     SIGN_IN = "authentication_failed"
     LIMIT = "rate_limit"
     OVERLOAD = "server_error"
+    UNREACHABLE = "unreachable"
     TOO_LONG = "prompt_too_long"
     BILLING = "billing_error"
     MODEL = "model_not_found"
@@ -243,13 +245,16 @@ class Failure(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Remedy:
-    """`blame`: the mail of the turn goes back as a failed attempt; after five the host declares it dead."""
+    """The mail of the turn always goes back. `blame`: as a failed attempt; after five the host declares it dead.
+
+    `new_session_at`: with so many of its kind in a row the conversation itself is taken for the cause.
+    """
 
     blame: bool
     wait: Wait
     state: State
     reason: str
-    new_session: bool = False
+    new_session_at: int | None = None
 
 
 # The one place that says what each kind of failure does to the mail of its turn and to the agent.
@@ -257,14 +262,15 @@ REMEDIES: Final[Mapping[Failure, Remedy]] = {
     Failure.SIGN_IN: Remedy(False, Wait.OPERATOR, State.NEEDS_LOGIN, "Claude is not signed in."),
     Failure.LIMIT: Remedy(False, Wait.RESET, State.RATE_LIMITED, "The usage limit is reached."),
     Failure.OVERLOAD: Remedy(False, Wait.BACK_OFF, State.RATE_LIMITED, "The service is overloaded or failing."),
+    Failure.UNREACHABLE: Remedy(False, Wait.BACK_OFF, State.RATE_LIMITED, "The service cannot be reached."),
     Failure.BILLING: Remedy(False, Wait.OPERATOR, State.FAILED, "The account has no credit."),
     Failure.MODEL: Remedy(False, Wait.OPERATOR, State.FAILED, "The service does not know the model."),
     Failure.CANNOT_START: Remedy(False, Wait.BACK_OFF, State.FAILED, "The claude command cannot be started."),
-    Failure.TOO_LONG: Remedy(True, Wait.NOT, State.IDLE, "The conversation grew too long.", new_session=True),
+    Failure.TOO_LONG: Remedy(True, Wait.NOT, State.IDLE, "The conversation grew too long.", 1),
     Failure.STALLED: Remedy(True, Wait.BACK_OFF, State.FAILED, "The turn was silent for too long."),
     Failure.DIED: Remedy(True, Wait.BACK_OFF, State.FAILED, "The claude command ended in the middle of a turn."),
     Failure.GARBAGE: Remedy(True, Wait.BACK_OFF, State.FAILED, "The claude command broke its protocol."),
-    Failure.OTHER: Remedy(True, Wait.BACK_OFF, State.FAILED, "The turn failed."),
+    Failure.OTHER: Remedy(True, Wait.BACK_OFF, State.FAILED, "The turn failed.", 2),
 }
 
 
@@ -605,7 +611,8 @@ class MailLink(threading.Thread):
 # ──────────────────────────────────────────────────────────────────────────────
 # Three traps. Tools run in sessions of their own, so a killed Claude leaves them running: they are found
 # by a mark in their environment. A line that is not JSON kills the command. And a user line
-# whose uuid the conversation knows is echoed but starts no turn, so each attempt needs uuids of its own.
+# whose uuid the conversation knows is echoed and dropped: so mail that comes again is given under the uuid it had,
+# and stands in the conversation once; what starts the turn is then a line of our own.
 
 CLAUDE_OPTIONS: Final = (
     "-p",
@@ -938,6 +945,16 @@ def translate_result(line: Fields) -> Ended:
 
 
 @dataclass(frozen=True)
+class UserLine:
+    """What Claude is told; one that starts no turn waits in the conversation for the line that does."""
+
+    uuid: str
+    text: str
+    ids: tuple[int, ...] = ()  # of the mail in it
+    starts_turn: bool = True
+
+
+@dataclass(frozen=True)
 class FromClaude:
     process: ClaudeProcess
     event: StreamEvent
@@ -974,8 +991,10 @@ class ClaudeProcess:
             thread.start()
         self.control("initialize", sdkMcpServers=["hive"])
 
-    def user(self, text: str, identity: str) -> None:
-        self._send({"type": "user", "message": {"role": "user", "content": text}, "uuid": identity})
+    def user(self, line: UserLine) -> None:
+        quiet = {} if line.starts_turn else {"shouldQuery": False}
+        message = {"role": "user", "content": line.text}
+        self._send({"type": "user", "message": message, "uuid": line.uuid, **quiet})
 
     def control(self, subtype: str, **fields: Any) -> None:
         request = {"subtype": subtype, **fields}
@@ -1450,9 +1469,9 @@ class Turn:
 
     number: int
     messages: dict[int, Message]
-    text: str  # the first user line, kept in case the session turns out to be lost
     uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
     unread: dict[str, tuple[int, ...]] = field(default_factory=dict)  # user lines that Claude has not echoed yet
+    opening: str | None = None  # uuid of the line that starts it: no result before that is echoed is its own
     started: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
     interrupted_by: str | None = None  # operator, watchdog, stop
@@ -1496,11 +1515,6 @@ class Standing:
 MAIL_UUIDS: Final = uuid.UUID("6f0a3c52-7d5e-4f0e-9b39-8a1f0c2d4e6b")
 
 
-def line_uuid(messages: Iterable[Message], turn: Turn) -> str:
-    # The turn is part of it: the same mail in a later attempt must not look like a line that was read before.
-    return str(uuid.uuid5(MAIL_UUIDS, f"{turn.uuid} {' '.join(str(message.id) for message in messages)}"))
-
-
 def heading(message: Message) -> str:
     if message.via_page:
         parts = [f"message {message.id} typed at your own page by somebody with its link, not verified as the operator"]
@@ -1516,21 +1530,38 @@ def heading(message: Message) -> str:
     return "[" + ", ".join(parts) + "]"
 
 
-def as_prompt(messages: Iterable[Message]) -> str:
+def quoted(message: Message) -> str:
     """What Claude reads. Bodies are quoted: no text of another agent can pass for a header or a command."""
-    blocks = []
-    for message in messages:
-        lines = [heading(message), *(f"> {line}" for line in message.body.splitlines())]
-        if message.data:
-            lines.append("data: " + encode(message.data).decode())
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+    lines = [heading(message), *(f"> {line}" for line in message.body.splitlines())]
+    if message.data:
+        lines.append("data: " + encode(message.data).decode())
+    return "\n".join(lines)
+
+
+def mail_line(message: Message, *, starts_turn: bool) -> UserLine:
+    # Its content is part of the uuid: a database that was put back from a backup gives its numbers out again.
+    identity = uuid.uuid5(MAIL_UUIDS, f"{message.id} {message.at} {message.sender} {message.body}")
+    return UserLine(str(identity), quoted(message), (message.id,), starts_turn)
+
+
+def opening_lines(messages: Iterable[Message]) -> list[UserLine]:
+    """A line a message, of which the last starts the turn; or, if Claude may know some of them, one of ours."""
+    messages = list(messages)
+    again = [message.id for message in messages if message.redelivered]
+    lines = [mail_line(message, starts_turn=False) for message in messages]
+    if not again:
+        return [*lines[:-1], mail_line(messages[-1], starts_turn=True)]
+    which = ", ".join(f"message {number}" for number in again)
+    text = f"[hyperhive: {which} came before, in a turn that did not end. Go on there; repeat nothing that is done.]"
+    return [*lines, UserLine(str(uuid.uuid4()), text)]
 
 
 def classify(error: str | None, ended: Ended) -> Failure:
     """By fields only: agents talk about rate limits all day."""
     if ended.terminal_reason == Failure.TOO_LONG:
         return Failure.TOO_LONG
+    if error == Failure.OVERLOAD and ended.status is None:
+        return Failure.UNREACHABLE
     if error in (Failure.SIGN_IN, Failure.LIMIT, Failure.OVERLOAD, Failure.BILLING, Failure.MODEL):
         return Failure(error)
     if ended.status in (401, 403):
@@ -1557,7 +1588,9 @@ class Agent:
         self._process: ClaudeProcess | None = None
         self._idle_since = time.monotonic()
         self._park: Park | None = None
-        self._failures = 0  # in a row
+        self._failures = 0  # in a row, and
+        self._alike = 0  # of the same kind, which is
+        self._last_failure: Failure | None = None
         self._resets_at: float | None = None
         self._paused = False
         self._login: Login | None = None
@@ -1622,10 +1655,10 @@ class Agent:
                 self._forget_session("A new session was asked for.")
             if self._compact_wanted:
                 self._compact_wanted = False
-                self._start_turn([], "/compact")
+                self._start_turn([])
             elif self._held:
                 batch = list(self._held.values())[:LEASE_MAX]
-                self._start_turn(batch, as_prompt(batch))
+                self._start_turn(batch)
         self._announce(self._current_standing())
 
     def _current_standing(self) -> Standing:
@@ -1776,8 +1809,9 @@ class Agent:
         running = self._turn.messages if self._turn else {}
         fresh = [message for message in messages if message.id not in done and message.id not in running]
         self._held.update((message.id, message) for message in fresh)
-        if self._turn and self._process and fresh and not self._turn.interrupted_by and not self._paused:
-            self._pass_in(self._turn, self._process, fresh)
+        new = [message for message in fresh if not message.redelivered]  # what Claude may know needs a turn of its own
+        if self._turn and self._process and new and not self._turn.interrupted_by and not self._paused:
+            self._pass_in(self._turn, self._process, new)
 
     def _acknowledge(self, ids: list[int]) -> None:
         def settled(answer: Fields | None) -> None:
@@ -1861,27 +1895,32 @@ class Agent:
 
     # Claude
 
-    def _start_turn(self, messages: list[Message], text: str) -> None:
+    def _start_turn(self, messages: list[Message]) -> None:
+        """A turn for this mail; without mail one that compacts the conversation."""
         self._turns += 1
-        turn = self._turn = Turn(self._turns, {message.id: message for message in messages}, text)
+        turn = self._turn = Turn(self._turns, {message.id: message for message in messages})
         self._resets_at = None
         for message in messages:
             self._held.pop(message.id, None)
         self.journal.record(turn.number, "turn_start", {"messages": [message.wire for message in messages]})
-        self._speak_first(turn)
+        self._open_turn(turn)
 
-    def _speak_first(self, turn: Turn) -> None:
-        """Gives Claude the turn's first line, starting it if it does not run."""
+    def _open_turn(self, turn: Turn) -> None:
+        """Gives Claude the turn's first lines, starting it if it does not run."""
         try:
             process = self._process = self._process or self._start_process()
         except HarnessError as problem:
             self._fail(turn, Failure.CANNOT_START, problem.message)
             return
-        preface, self._preface = (self._preface, "") if turn.messages else ("", self._preface)
-        identity = line_uuid(turn.messages.values(), turn)
-        if turn.messages:  # `/compact` is not echoed as what it was
-            turn.unread[identity] = tuple(turn.messages)
-        process.user(preface + turn.text, identity)
+        if not turn.messages:  # a command is not echoed as what it was
+            process.user(UserLine(str(uuid.uuid4()), "/compact"))
+            return
+        lines = opening_lines(turn.messages.values())
+        turn.opening = lines[-1].uuid
+        preface, self._preface = self._preface, ""
+        for line in [dataclasses.replace(lines[0], text=preface + lines[0].text), *lines[1:]]:
+            turn.unread[line.uuid] = line.ids
+            process.user(line)
 
     def _start_process(self) -> ClaudeProcess:
         if self.hello is None:  # not possible for mail, which comes after it; a page could ask for more
@@ -1902,10 +1941,10 @@ class Agent:
         """Mail that arrives in a turn: Claude reads it after the tool that runs, or in a turn right after."""
         for message in messages:
             turn.messages[message.id] = self._held.pop(message.id)
-        identity = line_uuid(messages, turn)
-        turn.unread[identity] = tuple(message.id for message in messages)
         self.journal.record(turn.number, "mail", {"messages": [message.wire for message in messages]})
-        process.user(as_prompt(messages), identity)
+        for line in (mail_line(message, starts_turn=True) for message in messages):
+            turn.unread[line.uuid] = line.ids
+            process.user(line)
 
     def _on_claude(self, process: ClaudeProcess, event: StreamEvent) -> None:
         if self._turn:
@@ -1958,7 +1997,7 @@ class Agent:
     def _turn_of_its_own(self) -> Turn:
         """Claude starts a turn without mail when a background task of its ends."""
         self._turns += 1
-        self._turn = Turn(self._turns, {}, "")
+        self._turn = Turn(self._turns, {})
         self.journal.record(self._turns, "turn_start", {"messages": []})
         return self._turn
 
@@ -1976,6 +2015,8 @@ class Agent:
         process.answer_tool_server(request_id, self.serve_tools(message) or {"jsonrpc": "2.0", "result": {}, "id": 0})
 
     def _on_ended(self, process: ClaudeProcess, turn: Turn, ended: Ended) -> None:
+        if turn.opening in turn.unread and not ended.is_error:
+            return  # of a line that starts no turn, or of a turn of its own before ours
         cost = self._account(process, turn, ended)
         if not ended.is_error:
             self._finish(turn, "done", cost, ended)
@@ -2012,7 +2053,7 @@ class Agent:
         unread = {message for ids in turn.unread.values() for message in ids}
         done = [message for message in turn.messages if message not in unread]
         self._close_turn(turn, outcome, cost, ended)
-        self._failures = 0
+        self._failures, self._last_failure = 0, None
         if done:
             self.session.finished.extend(done)
             self.session.save()  # before the ack: if that is lost, the mail comes again and must be known
@@ -2020,7 +2061,7 @@ class Agent:
         if unread:
             self._turns += 1
             rest = {message: turn.messages[message] for message in turn.messages if message in unread}
-            self._turn = Turn(self._turns, rest, as_prompt(rest.values()), unread=turn.unread)
+            self._turn = Turn(self._turns, rest, unread=turn.unread)
             self.journal.record(self._turns, "turn_start", {"messages": [item.wire for item in rest.values()]})
         self._send_next_turn()
         self._refresh()
@@ -2043,10 +2084,13 @@ class Agent:
         self._close_turn(turn, "failed", cost, ended, reason=reason, **{"class": str(failure)})
         if turn.unread:
             self._end_process()  # it would go on with lines whose mail is given back now
-        if remedy.new_session:
+        self._failures += 1
+        self._alike = self._alike + 1 if failure is self._last_failure else 1
+        self._last_failure = failure
+        if self._alike == remedy.new_session_at:
+            self._alike = 0
             self._forget_session(remedy.reason)
         self._give_back(list(turn.messages), reason, blameless=not remedy.blame)
-        self._failures += 1
         self._park = self._parked(failure, remedy, reason)
 
     def _parked(self, failure: Failure, remedy: Remedy, reason: str) -> Park | None:
@@ -2078,8 +2122,7 @@ class Agent:
         elif process.lost:
             self._forget_session("The session is not known here any more; a new one begins.")
             turn.unread.clear()
-            turn.text = as_prompt(turn.messages.values()) or turn.text  # with what was passed in meanwhile
-            self._speak_first(turn)
+            self._open_turn(turn)  # with what was passed in meanwhile
         elif turn.interrupted_by == "stop":
             self._abandon(turn)
         elif turn.interrupted_by == "operator":
@@ -2983,6 +3026,8 @@ class Rehearsal:
         folder = Path(env.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude") / "projects" / "rehearsal"
         self._transcript = folder / f"{self._session}.jsonl"
         self._known: set[str] = set()  # uuids of user lines and names of things done once
+        self._mail: dict[int, Heard] = {}  # all that the conversation holds
+        self._unplayed: list[int] = []  # what came in lines that start no turn
         self._lines: queue.SimpleQueue[Json | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Json] = queue.SimpleQueue()
         self._interrupt = threading.Event()
@@ -2999,17 +3044,18 @@ class Rehearsal:
                 self._result(CutShort("", None), 0)
             return False
         self._transcript.parent.mkdir(parents=True, exist_ok=True)
-        if resume:
-            self._known = set(self._transcript.read_text().split())
+        for entry in map(json.loads, self._transcript.read_text().splitlines() if resume else ()):
+            self._known.add(entry["uuid"])
+            self._mail.update((mail.id, mail) for mail in heard_in(entry["text"]))
         return True
 
-    def first_time(self, what: str) -> bool:
+    def first_time(self, what: str, text: str = "") -> bool:
         """Remembers in the transcript; whether it was new."""
         if what in self._known:
             return False
         self._known.add(what)
         with self._transcript.open("a") as file:
-            file.write(what + "\n")
+            file.write(json.dumps({"uuid": what, "text": text}) + "\n")
         return True
 
     def run(self) -> int:
@@ -3069,6 +3115,10 @@ class Rehearsal:
         end: CutShort | None = None
         self._emit(type="system", subtype="init", model=self._model, tools=[])
         self._replay(line)
+        if line.get("shouldQuery") is False:
+            self._unplayed += [mail.id for mail in heard_in(line["message"]["content"])]
+            self._result(None, 0)
+            return
         scripts = collections.deque(self._scripts(line))
         try:
             self._say_text("This is a rehearsal: a script plays this agent.", pause=False)
@@ -3079,7 +3129,8 @@ class Rehearsal:
         self._result(end, time.monotonic() - started)
 
     def _enter(self, line: Json) -> bool:
-        if self.first_time(line["uuid"]):
+        if self.first_time(line["uuid"], line["message"]["content"]):
+            self._mail.update((mail.id, mail) for mail in heard_in(line["message"]["content"]))
             return True
         self._replay(line)  # known: echoed, but no turn
         return False
@@ -3093,9 +3144,12 @@ class Rehearsal:
             sizes = {"trigger": "manual", "pre_tokens": 2000, "post_tokens": 200}
             self._emit(type="system", subtype="compact_boundary", compact_metadata=sizes)
             return []
+        named = re.findall(r"message (\d+)", prompt) if prompt.startswith("[hyperhive: message") else []
+        ids = [*self._unplayed, *map(int, named), *(mail.id for mail in heard_in(prompt))]
+        self._unplayed = []
         return [
             play_steps(steps) if (steps := directed(mail.body)) else script_for(self._me, mail, self)
-            for mail in heard_in(prompt)
+            for mail in (self._mail[number] for number in dict.fromkeys(ids))
         ]
 
     def _perform(self, script: Script, scripts: collections.deque[Script]) -> None:
