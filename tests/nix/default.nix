@@ -1,5 +1,6 @@
-# A stand-in for nixpkgs: the packages and builders that module.nix and flake.nix name. A package is a derivation
-# that nobody builds; one that is unfree is refused unless the predicate allows it, as in nixpkgs.
+# A stand-in for nixpkgs: the packages and builders that module.nix and flake.nix name. Most tests only evaluate it;
+# what is built has the machine's own programs in it, and `claude` is the rehearsal. A package that is unfree is
+# refused unless the predicate allows it, as in nixpkgs.
 {
   system ? "x86_64-linux",
   config ? { },
@@ -14,6 +15,7 @@ let
       version ? "1",
       unfree ? false,
       meta ? { mainProgram = pname; },
+      script ? "mkdir $out; ln -s /usr/bin /usr/sbin $out",
       ...
     }@attrs:
     let
@@ -21,11 +23,13 @@ let
         derivation {
           name = attrs.name or "${pname}-${version}";
           builder = "/bin/sh";
+          args = [ "-euc" script ];
+          PATH = "/usr/bin:/bin";
           inherit system;
           text = attrs.text or "";
         }
         // { inherit version; }
-        // removeAttrs attrs [ "unfree" ]
+        // removeAttrs attrs [ "unfree" "script" ]
         // { inherit meta; };
     in
     if unfree && !(config.allowUnfreePredicate or (_: false)) it then
@@ -35,7 +39,17 @@ let
 
   named = pname: package { inherit pname; };
 
-  writeText = name: text: package { pname = name; inherit name text; };
+  writeText = name: text: package {
+    pname = name;
+    inherit name text;
+    script = "printf %s \"$text\" > $out";
+  };
+
+  rehearsal = ''
+    mkdir -p $out/bin
+    printf '#!/bin/sh\nexec hyperhive-harness rehearsal "$@"\n' > $out/bin/claude
+    chmod 755 $out/bin/claude
+  '';
 
   format = name: generate: {
     inherit generate;
@@ -94,14 +108,19 @@ let
   ] named // {
     inherit lib python3 writeText;
     inherit (lib) types;
-    claude-code = package { pname = "claude-code"; unfree = true; meta.mainProgram = "claude"; };
+    claude-code = package { pname = "claude-code"; unfree = true; meta.mainProgram = "claude"; script = rehearsal; };
     unrar = package { pname = "unrar"; unfree = true; };
     formats.toml = _: format "TOML" (name: value: writeText name (toTOML "" value));
     formats.json = _: format "JSON" (name: value: writeText name (builtins.toJSON value));
     mkShell = _: named "shell";
     path = ./.;
     stdenv.hostPlatform = { inherit system; };
-    stdenvNoCC.mkDerivation = package;
+    stdenvNoCC.mkDerivation =
+      attrs: package (attrs // { script = ''
+        cp -r ${attrs.src}/. .
+        . ${./stdenv.sh}
+        ${attrs.installPhase}
+      ''; });
     testers.runNixOSTest =
       test:
       let

@@ -67,10 +67,36 @@ let
         derivation {
           name = "nixos-system-${config.networking.hostName}";
           builder = "/bin/sh";
+          args = [ "-euc" script ];
+          PATH = "/usr/bin:/bin";
           system = config.nixpkgs.hostPlatform;
           parts = builtins.toJSON parts;
         };
   };
+
+  # A system as on NixOS, as far as its units, its /etc and its programs go: `init` starts systemd in a container
+  # that has the /usr of the machine.
+  script = ''
+    mkdir -p $out/sw/bin $out/etc/systemd/system
+    ${each (package: "ln -sf ${package}/bin/* $out/sw/bin") config.environment.systemPackages}
+    ${each etc (lib.mapAttrsToList (name: entry: { inherit name; inherit (entry) source; }) config.environment.etc)}
+    ${each unit (lib.mapAttrsToList (name: it: it // { inherit name; }) config.systemd.services)}
+    cp ${./init.sh} $out/init
+    chmod 755 $out/init
+  '';
+
+  each = line: list: lib.concatStrings (map (one: "${line one}\n") list);
+  etc = { name, source }: ''
+    mkdir -p "$(dirname $out/etc/${name})"
+    ln -s ${source} $out/etc/${name}'';
+  unit =
+    it:
+    let
+      text = pkgs.writeText "${it.name}.service" (import ./systemd.nix { inherit lib pkgs; } it);
+      wants = target: "$out/etc/systemd/system/${target}.wants";
+    in
+    "ln -s ${text} $out/etc/systemd/system/${it.name}.service\n"
+    + each (target: "mkdir -p ${wants target}; ln -s ../${it.name}.service ${wants target}") it.wantedBy;
 
   pkgs = import ./. {
     inherit lib;
