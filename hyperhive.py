@@ -2050,8 +2050,11 @@ class Repositories:
             (quarantine / "objects/info/alternates").write_text(f"{folder / 'objects'}\n")
             try:
                 git("fetch", "--quiet", "--no-tags", "../bundle", "+refs/*:refs/proposed/*", cwd=quarantine)
+                # From a bundle, older gits fetch without any check of the objects.
+                git("fsck", "--strict", "--no-dangling", "--no-progress", cwd=quarantine)
             except Refused as error:
-                raise Refused("bad_config", f"git can't take that bundle: {error.message[-300:]}") from None
+                why = error.message.rpartition(" failed with ")[2]
+                raise Refused("bad_config", f"git can't take that bundle: {why}") from None
             self._check_commit(quarantine, sha)
             git("update-ref", "refs/heads/accepted", sha, cwd=quarantine)
             git(
@@ -2071,11 +2074,9 @@ class Repositories:
             raise Refused("bad_config", f"the commit {sha} is not in the bundle", "bundle the commit that you ask for")
         listing = git("ls-tree", "-r", "-t", "-l", "-z", "--full-tree", sha, cwd=folder)
         entries = [entry for entry in listing.split(b"\0") if entry]
-        limits = self._config.limits
-        if len(entries) > limits.config_files:
-            raise Refused(
-                "bad_config", f"the config has {len(entries)} files; at most {limits.config_files} are allowed"
-            )
+        files, most = sum(not entry.startswith(b"040000 ") for entry in entries), self._config.limits.config_files
+        if files > most:
+            raise Refused("bad_config", f"the config has {files} files; at most {most} are allowed")
         paths = [self._check_entry(entry) for entry in entries]
         if "agent.nix" not in paths:
             raise Refused("bad_config", "the config has no agent.nix", "agent.nix must be at the top of the repository")
@@ -2099,6 +2100,10 @@ class Repositories:
                 "bad_config", f"{shown} has {size} bytes; at most {self._config.limits.config_file_bytes} are allowed"
             )
         return path if mode.startswith("100") else ""
+
+    def release(self, name: str, sha: str) -> None:
+        """A commit that was taken over has its approval's name by now, or no one wants it."""
+        git("update-ref", "-d", f"refs/accepted/{sha}", cwd=self._config.repository(name))
 
     def keep_proposal(self, name: str, approval: int, sha: str) -> str:
         """Name an accepted commit after its approval; returns the ref."""
@@ -2521,9 +2526,11 @@ class Approvals:
         tx.changed("agent", name)
 
     def unadmit(self, tx: Tx, name: str) -> None:
-        """Back to what was there before `admit`: a kept agent, or nothing but perhaps its folders."""
+        """Back to what was there before `admit`: a kept agent, or none."""
+        if tx.one("SELECT 1 FROM agents WHERE name = ? AND deployed_sha IS NULL", name):
+            self._broker.close_mail(tx, name)
+            tx.execute("DELETE FROM agents WHERE name = ?", name)
         tx.execute("UPDATE agents SET kept = 1, wanted = 0 WHERE name = ?", name)
-        tx.execute("DELETE FROM agents WHERE name = ? AND deployed_sha IS NULL", name)
         tx.changed("agent", name)
 
     def remind_waiting(self) -> None:
@@ -3371,12 +3378,28 @@ class Agents:
             raise Refused("unknown_agent", f"there is no agent {name!r}", "`list` shows who is there")
         with self._locks[name]:
             self._store.write(lambda tx: self._retire(tx, actor, name, purge=purge))
-            self.containers.destroy(name)
-            self.close_door(name)
-            remove_tree(self._config.agent_runtime(name))
+            self.take_down(name, wipe=purge)
             if purge:
-                self._wipe(name)
+                self._store.write(lambda tx: self._forget(tx, name))
         self.look()
+
+    def take_down(self, name: str, *, wipe: bool) -> None:
+        """Its container, its socket, and with `wipe` all of its files."""
+        self.containers.destroy(name)
+        self.close_door(name)
+        remove_tree(self._config.agent_runtime(name))
+        if wipe:
+            remove_tree(self._config.agent_dir(name))
+            remove_tree(self._config.repository(name))
+            for suffix in ("log", "log.1"):
+                self._config.agent_log(name).with_suffix(f".{suffix}").unlink(missing_ok=True)
+
+    def _forget(self, tx: Tx, name: str) -> None:
+        """After its files: if we die before this, the row still says that the name has something to wipe."""
+        self._broker.close_mail(tx, name)
+        tx.execute("DELETE FROM events WHERE agent = ?", name)
+        tx.execute("DELETE FROM agents WHERE name = ?", name)
+        tx.changed("agent", name)
 
     def _retire(self, tx: Tx, actor: Actor, name: str, *, purge: bool) -> None:
         if tx.one("SELECT 1 FROM deploys WHERE agent = ? AND phase IN ('queued', 'building', 'switching')", name):
@@ -3390,21 +3413,6 @@ class Agents:
         self._approvals.fail_all(tx, name, "agent destroyed")
         tx.audit(actor, "purge" if purge else "destroy", name)
         tx.changed("agent", name)
-
-    def _wipe(self, name: str) -> None:
-        """Folders first: if we die in between, the row still says that the name has something to wipe."""
-        remove_tree(self._config.agent_dir(name))
-        remove_tree(self._config.repository(name))
-        for suffix in ("log", "log.1"):
-            self._config.agent_log(name).with_suffix(f".{suffix}").unlink(missing_ok=True)
-
-        def work(tx: Tx) -> None:
-            self._broker.close_mail(tx, name)
-            tx.execute("DELETE FROM events WHERE agent = ?", name)
-            tx.execute("DELETE FROM agents WHERE name = ?", name)
-            tx.changed("agent", name)
-
-        self._store.write(work)
 
     def recover(self) -> None:
         """At start: open every door, start what should run. What takes long goes on behind our back."""
@@ -3764,8 +3772,7 @@ class Deploys:
         name, containers = row["agent"], self._agents.containers
         try:
             if row["kind"] == "spawn":
-                containers.destroy(name)
-                self._agents.close_door(name)
+                self._agents.take_down(name, wipe=self._agents.living(name)["deployed_sha"] is None)
                 return
             before = self._last_deployed(name)
             if before is not None and switched:
@@ -5090,13 +5097,16 @@ class Requests:
             raw = base64.b64decode(bundle, validate=True)
         except (binascii.Error, ValueError):
             raise Refused("bad_request", "the field 'bundle' is no base64") from None
-        self._s.repositories.accept_bundle(name, sha, raw)
         if sha == deployed:
             raise Refused("conflict", f"{sha[:12]} is what {name} runs already", "commit a change first")
-        diff = self._s.repositories.diff(name, deployed, sha)
-        request = Request(Kind.APPLY, name, description, sha=sha, base_sha=deployed, diff=diff)
-        approval = self._s.approvals.request(actor, request)
-        self._s.repositories.keep_proposal(name, approval, sha)
+        self._s.repositories.accept_bundle(name, sha, raw)
+        try:
+            diff = self._s.repositories.diff(name, deployed, sha)
+            request = Request(Kind.APPLY, name, description, sha=sha, base_sha=deployed, diff=diff)
+            approval = self._s.approvals.request(actor, request)
+            self._s.repositories.keep_proposal(name, approval, sha)
+        finally:
+            self._s.repositories.release(name, sha)
         return approval
 
     def files(self, approval: int) -> dict[str, str]:
