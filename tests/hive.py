@@ -271,7 +271,7 @@ class Hive:
         deploys = [self.ask(cmd="spawn", name=name)["deploy"] for name in names]
         wait_for(lambda: all(self.phase(deploy) == "deployed" for deploy in deploys), f"the deploys of {names}")
         if not running:
-            wait_for(lambda: self.ask(cmd="stop", scope={"agent_names": names})["ok"], f"the end of {names}")
+            assert self.ask(cmd="stop", scope={"agent_names": names})["ok"]
         return self
 
     def phase(self, deploy: int) -> str:

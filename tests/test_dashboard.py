@@ -198,6 +198,9 @@ def test_headers_are_on_every_answer(crew: Hive) -> None:
         ("GET", "/api/audit?max=1e3", 400, "bad_request"),
         ("GET", "/api/stream?agent=..", 400, "bad_name"),
         ("GET", "/api/deploys?agent=%ff", 400, "bad_name"),
+        ("GET", "/api/agents/alice/diff", 400, "bad_request"),
+        ("GET", "/api/agents/alice/diff?from=-x&to=--all", 400, "bad_request"),
+        ("GET", f"/api/agents/alice/diff?from={'0' * 40}&to={'0' * 40}", 404, "not_found"),
     ],
 )
 def test_a_wrong_address_has_the_one_error_shape(crew: Hive, method: str, path: str, status: int, code: str) -> None:
@@ -312,6 +315,7 @@ def test_nothing_else_is_served_as_a_file(crew: Hive, path: str) -> None:
 def test_each_get_answers_with_its_keys(crew: Hive) -> None:
     with crew.agent("manager") as manager:
         approval = manager.ask("request_spawn", name="shown", description="to be shown")["id"]
+    sha = crew.api("GET", "/api/deploys?agent=alice").body["deploys"][0]["sha"]
     keys = {
         "/healthz": {"ok"},
         "/api/state": {
@@ -325,6 +329,8 @@ def test_each_get_answers_with_its_keys(crew: Hive) -> None:
         "/api/approvals?status=pending": {"approvals"},
         f"/api/approvals/{approval}": {"approval"},
         f"/api/approvals/{approval}/files": {"files"},
+        f"/api/approvals/{approval}/precheck": {"log"},
+        f"/api/agents/alice/diff?from={sha}&to={sha}": {"diff", "files"},
         "/api/messages?with=alice&before=9&max=2": {"messages"},
         "/api/questions": {"questions"},
         "/api/deploys?agent=alice": {"deploys"},
@@ -343,7 +349,7 @@ def test_each_get_answers_with_its_keys(crew: Hive) -> None:
     one = re.compile(r"<number:int>|<name>")
     gets = {one.sub("*", path) for method, path, _ in TABLE if method == "GET"}
     tried = {re.sub(r"/\d+|/alice", "/*", path.partition("?")[0]) for path in keys}
-    assert gets - tried == {"/", "/static/*", "/metrics", "/api/stream"} | (gets & {"/api/agents/*/diff"})
+    assert gets - tried == {"/", "/static/*", "/metrics", "/api/stream"}
 
 
 def test_metrics_are_prometheus_text(crew: Hive) -> None:
