@@ -103,6 +103,7 @@ let
     "gnused"
     "makeWrapper"
     "nodejs"
+    "ripgrep"
     "ruff"
     "systemd"
   ] named // {
