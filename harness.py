@@ -10,7 +10,8 @@ agents wrote is quoted line by line before Claude reads it, a browser needs this
 files in the state folder may have been changed by the agent itself, so a broken one is set aside, not obeyed.
 
     harness.py run              the service: everything below
-    harness.py mcp              the same tools over stdio, for an interactive Claude
+    harness.py attach           an interactive Claude on the agent's session, for a person at a terminal
+    harness.py mcp              the same tools over stdio, which that Claude uses
     harness.py rehearsal ARGS   a stand-in for `claude`: no account, no network, the real protocol
 
 Sections, lower ones use upper ones only:
@@ -78,14 +79,15 @@ LEASE_WAIT_S: Final = 30
 RECONNECT_S: Final = (0.1, 5.0)  # first and longest wait between two tries
 
 EVENT_TEXT: Final = 32 << 10  # bytes of one text in an event
-EVENT_BYTES: Final = 512 << 10  # bytes of one whole event
+EVENT_BYTES: Final = 512 << 10  # bytes of one whole event without its pictures
+EVENT_PICTURES: Final = 128 << 10  # characters of base64 in one event; a larger picture is only counted
+PICTURE_TYPES: Final = ("image/png", "image/jpeg", "image/gif", "image/webp")
 REPORT_EVENTS: Final = 200
 REPORT_EVERY_S: Final = 0.1
 REPORT_BACKLOG: Final = 2000  # what the host keeps of an agent; older ones it asks for
 KEEP_EVENTS_S: Final = 14 * 86400
 KEEP_EVENTS_BYTES: Final = 500 << 20
 
-LOGIN_S: Final = 600
 INTERRUPT_S: Final = 30.0  # from interrupt to kill
 INTERRUPT_AGAIN_S: Final = 1.0
 STOP_TURN_S, STOP_PROCESS_S, STOP_FLUSH_S = 4.0, 1.5, 1.0  # together well under ten seconds
@@ -120,7 +122,10 @@ class Config:
     claude: tuple[str, ...]
     rehearsal: bool
     backoff_s: float
+    login_s: float
     extra_prompt: str
+    mcp_servers: str  # more tool servers: a file of JSON, or the JSON
+    claude_folder: Path
     static: Path
 
     @classmethod
@@ -133,7 +138,10 @@ class Config:
             claude=tuple(shlex.split(env.get("HYPERHIVE_CLAUDE", "claude"))),
             rehearsal=env.get("HYPERHIVE_REHEARSAL") == "1",
             backoff_s=float(env.get("HYPERHIVE_BACKOFF_S", "60")),
+            login_s=float(env.get("HYPERHIVE_LOGIN_S", "600")),
             extra_prompt=env.get("HYPERHIVE_EXTRA_PROMPT", ""),
+            mcp_servers=env.get("HYPERHIVE_MCP_SERVERS", ""),
+            claude_folder=Path(env.get("CLAUDE_CONFIG_DIR") or Path(env.get("HOME", "/root")) / ".claude"),
             static=Path(__file__).resolve().parent / "static",
         )
 
@@ -152,6 +160,18 @@ class Config:
     @property
     def events_file(self) -> Path:
         return self.state / "hyperhive-events.sqlite"
+
+    @property
+    def prompt_file(self) -> Path:
+        return self.state / "hyperhive-prompt.md"
+
+    @property
+    def servers_file(self) -> Path:
+        return self.state / "hyperhive-mcp.json"
+
+    @property
+    def attached_file(self) -> Path:
+        return self.state / "hyperhive-mcp-attached.json"
 
     @property
     def configs(self) -> Path:
@@ -178,6 +198,15 @@ def cut(text: str, limit: int) -> str:
     if len(raw) <= limit:
         return text
     return raw[:limit].decode("utf-8", "ignore") + f"… ({len(raw) - limit} bytes more)"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    draft = path.with_name(path.name + ".new")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
 
 
 def given(**values: Any) -> Json:
@@ -224,7 +253,7 @@ class Wait(enum.Enum):
 
     NOT = "go on at once"
     BACK_OFF = "a minute, doubled with each failure in a row, at most fifteen"
-    RESET = "until the limit resets if the service says when, else back off"
+    RESET = "until the limit resets, or the operator resumes, as it is set; if nobody says when, back off"
     OPERATOR = "until the operator resumes, signs in or picks another model"
 
 
@@ -297,6 +326,7 @@ class Hello:
     manager: bool
     manager_name: str
     paused: bool
+    pause_reason: str | None
     model: str | None
     page_host: str
     page_port: int
@@ -304,6 +334,7 @@ class Hello:
     last_event: int
     warm_s: float
     stall_s: float
+    wait_for_limit: bool
     agents: tuple[tuple[str, str], ...]  # name, description
 
 
@@ -384,6 +415,7 @@ def parse_hello(fields: Fields) -> Hello:
         manager=fields.flag("manager"),
         manager_name=fields.maybe("manager_name", str) or "manager",
         paused=fields.flag("paused"),
+        pause_reason=fields.maybe("pause_reason", str),
         model=fields.maybe("model", str),
         page_host=page.text("host"),
         page_port=page.integer("port"),
@@ -391,6 +423,7 @@ def parse_hello(fields: Fields) -> Hello:
         last_event=int(fields.number("last_event", 0)),
         warm_s=settings.number("warm_s", 120),
         stall_s=settings.number("stall_s", 1800),
+        wait_for_limit=settings.maybe("wait_for_limit", bool) is not False,
         agents=tuple((row.text("name"), row.maybe("description", str) or "") for row in fields.objects("agents")),
     )
 
@@ -453,8 +486,8 @@ class Calls:
     # What may be asked again when the connection broke before the answer came: it only looks, or a
     # repetition is recognised by the host (`client_id`, the same request while one is pending).
     REPEATABLE: Final = (
-        "send", "report", "inbox", "open_threads", "set_status", "list_agents", "checkout_config", "request_spawn",
-        "request_apply_commit", "request_update_inputs", "list_approvals", "start_agent", "get_logs",
+        "send", "report", "inbox", "page_control", "open_threads", "set_status", "list_agents", "checkout_config",
+        "request_spawn", "request_apply_commit", "request_update_inputs", "list_approvals", "start_agent", "get_logs",
     )  # fmt: skip
 
     def __init__(self, path: Path, patience_s: float = 20.0) -> None:
@@ -614,15 +647,13 @@ class MailLink(threading.Thread):
 # whose uuid the conversation knows is echoed and dropped: so mail that comes again is given under the uuid it had,
 # and stands in the conversation once; what starts the turn is then a line of our own.
 
-CLAUDE_OPTIONS: Final = (
+STREAM_OPTIONS: Final = (
     "-p",
     "--input-format=stream-json",
     "--output-format=stream-json",
     "--verbose",
     "--replay-user-messages",
     "--include-partial-messages",
-    "--permission-mode=bypassPermissions",
-    "--strict-mcp-config",
 )
 # Tools that work around the hive: its broker sends the mail and its reminders keep the time.
 FORBIDDEN_TOOLS: Final = (
@@ -705,21 +736,56 @@ def opened(pipe: IO[bytes] | None) -> IO[bytes]:
     return pipe
 
 
+def extra_servers(config: Config) -> Json:
+    """The tool servers that the agent's config adds: `{"mcpServers": {…}}`, or that map itself."""
+    given_by = "HYPERHIVE_MCP_SERVERS"
+    text = config.mcp_servers.strip()
+    try:
+        source = text if not text or text.startswith("{") else Path(text).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise HarnessError("cannot_start", f"{given_by} cannot be read: {problem}.") from None
+    value = parse_json(source or "{}", given_by).value
+    servers = Fields(value.get("mcpServers", value), given_by).value
+    if "hive" in servers:
+        raise HarnessError("cannot_start", f"{given_by} has a server called hive; that name is the hive's own.")
+    return servers
+
+
+def as_servers(servers: Json) -> str:
+    return json.dumps({"mcpServers": servers})
+
+
+def write_for_claude(path: Path, text: str) -> Path:
+    try:
+        write_atomically(path, text.encode("utf-8", "replace"))
+    except OSError as problem:
+        raise HarnessError("cannot_start", f"{path} cannot be written: {problem}.") from None
+    return path
+
+
 @dataclass(frozen=True)
 class Launch:
-    """How one process is started."""
+    """How Claude is started on the agent's session, by the loop or by a person."""
 
     session: str
     resume: bool
     model: str | None
     prompt_file: Path
-    name: str
+    servers_file: Path | None
+
+    def options(self) -> list[str]:
+        return [
+            "--permission-mode=bypassPermissions",
+            "--strict-mcp-config",
+            *([f"--mcp-config={self.servers_file}"] if self.servers_file else []),
+            *("--disallowedTools", *FORBIDDEN_TOOLS),
+            f"--append-system-prompt-file={self.prompt_file}",
+            f"--resume={self.session}" if self.resume else f"--session-id={self.session}",
+            *([f"--model={self.model}"] if self.model else []),
+        ]
 
     def argv(self, config: Config) -> list[str]:
-        session = f"--resume={self.session}" if self.resume else f"--session-id={self.session}"
-        model = [f"--model={self.model}"] if self.model else []
-        prompt = f"--append-system-prompt-file={self.prompt_file}"
-        return [*config.claude, *CLAUDE_OPTIONS, "--disallowedTools", *FORBIDDEN_TOOLS, prompt, session, *model]
+        return [*config.claude, *STREAM_OPTIONS, *self.options()]
 
 
 # What a line of the stream means to us.
@@ -758,7 +824,8 @@ class ToolAnswered:
     id: str
     output: str
     is_error: bool
-    images: int
+    images: int  # how many there were, and
+    pictures: tuple[Json, ...]  # those small enough to keep: type and data, as base64
     parent: str | None
 
 
@@ -897,15 +964,27 @@ def translate_blocks(message: Fields, parent: str | None) -> Iterator[StreamEven
                 yield ToolCalled(block.text("id"), block.text("name"), block.object("input").value, parent)
             case "tool_result":
                 output, images = tool_output(block)
-                yield ToolAnswered(block.text("tool_use_id"), output, block.flag("is_error"), images, parent)
+                is_error, pictures = block.flag("is_error"), small_pictures(images)
+                yield ToolAnswered(block.text("tool_use_id"), output, is_error, len(images), pictures, parent)
 
 
-def tool_output(block: Fields) -> tuple[str, int]:
+def tool_output(block: Fields) -> tuple[str, list[Fields]]:
+    """Its text, and its images."""
     if isinstance(block.value.get("content"), str):
-        return block.text("content"), 0
+        return block.text("content"), []
     parts = block.objects("content")
     texts = [part.text("text") for part in parts if part.value.get("type") == "text"]
-    return "\n".join(texts), sum(part.value.get("type") == "image" for part in parts)
+    return "\n".join(texts), [part for part in parts if part.value.get("type") == "image"]
+
+
+def small_pictures(images: Iterable[Fields]) -> tuple[Json, ...]:
+    kept, room = [], EVENT_PICTURES
+    for source in (image.object("source") for image in images):
+        kind, data = source.maybe("media_type", str), source.maybe("data", str) or ""
+        if kind in PICTURE_TYPES and 0 < len(data) <= room and re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", data):
+            kept.append({"type": kind, "data": data})
+            room -= len(data)
+    return tuple(kept)
 
 
 def translate_partial(event: Fields) -> Iterator[StreamEvent]:
@@ -971,7 +1050,7 @@ class ClaudeGone:
 class ClaudeProcess:
     """One running command. Its events go into the inbox; writing never blocks the caller."""
 
-    def __init__(self, config: Config, launch: Launch, inbox: Inbox) -> None:
+    def __init__(self, config: Config, launch: Launch, name: str, inbox: Inbox) -> None:
         self.launch, self._inbox = launch, inbox
         self.began = False  # whether it has said `init`
         self.lost = False  # whether it ended a turn before that: it does not know the session to be resumed
@@ -980,7 +1059,7 @@ class ClaudeProcess:
         self._garbage: str | None = None
         self._complaint = ""
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        marks = {SESSION_MARK: launch.session, "HYPERHIVE_NAME": launch.name}
+        marks = {SESSION_MARK: launch.session, "HYPERHIVE_NAME": name}
         self._child = open_claude(config, launch.argv(config), stderr=subprocess.PIPE, **marks)
         self.pid = self._child.pid
         self._threads = [
@@ -1076,6 +1155,20 @@ class LoginNews:
         return given(phase=self.phase, url=self.url, error=self.error)
 
 
+def sign_in_fields(config: Config) -> Json:
+    """What Claude's credentials file tells of the end of the sign-in. Nothing else of it leaves this function."""
+    path = config.claude_folder / ".credentials.json"
+    try:
+        with path.open("rb") as file:
+            sign_in = parse_json(file.read(64 << 10), "the credentials").object("claudeAiOauth")
+        ends_ms = sign_in.maybe("refreshTokenExpiresAt", int, float)
+        until = rfc3339((ends_ms or sign_in.need("expiresAt", int, float)) / 1000)
+    except (OSError, HarnessError, ValueError, OverflowError):  # none, or none that we understand
+        return {}
+    renews = ends_ms is None and bool(sign_in.maybe("refreshToken", str))
+    return given(signed_in_until=until, signed_in_renews=renews or None)
+
+
 class Login:
     """`claude auth login` over pipes: it prints an address, takes a code, and ends with a status."""
 
@@ -1085,7 +1178,7 @@ class Login:
         self._last = ""
         self._ended_by_us: str | None = None
         self._child = open_claude(config, [*config.claude, "auth", "login"], stderr=subprocess.STDOUT)
-        self._clock = threading.Timer(LOGIN_S, self.cancel, ["Nobody finished the sign-in within ten minutes."])
+        self._clock = threading.Timer(config.login_s, self.cancel, ["Nobody finished the sign-in in time."])
         self._clock.daemon = True
         self._clock.start()
         threading.Thread(target=self._read, name="login", daemon=True).start()
@@ -1132,6 +1225,9 @@ class Login:
 # The agent can write these files too. One that is broken is set aside with a line in the log.
 
 
+FINISHED_KEPT: Final = 1000
+
+
 @dataclass
 class Session:
     """session.json: what must survive a restart of the harness."""
@@ -1141,8 +1237,8 @@ class Session:
     finished: list[int] = field(default_factory=list)  # given and done, but the host has not confirmed the ack
     name: str = ""
     manager: bool = False
-
-    REMEMBERED: Final = 1000
+    model: str | None = None  # the operator's choice, and
+    pid: int = 0  # this service, for `attach`
 
     @classmethod
     def load(cls, path: Path) -> Session:
@@ -1150,7 +1246,8 @@ class Session:
             fields = parse_json(path.read_bytes(), str(path))
             finished = [item for item in fields.maybe("finished", list) or [] if isinstance(item, int)]
             session, name = fields.maybe("session", str), fields.maybe("name", str) or ""
-            return cls(path, session, finished, name, fields.flag("manager"))
+            model, pid = fields.maybe("model", str), int(fields.number("pid", 0))
+            return cls(path, session, finished, name, fields.flag("manager"), model, pid)
         except FileNotFoundError:
             return cls(path)
         except (OSError, HarnessError) as problem:
@@ -1160,21 +1257,12 @@ class Session:
             return cls(path)
 
     def save(self) -> None:
-        self.finished = self.finished[-self.REMEMBERED :]
-        value = given(session=self.session, finished=self.finished, name=self.name, manager=self.manager)
+        self.finished = self.finished[-FINISHED_KEPT:]
+        value = given(**{key: item for key, item in vars(self).items() if key != "path"})
         try:
             write_atomically(self.path, encode(value))
         except OSError as problem:  # a full disk must not stop the agent; the cost is a new conversation later
             log(f"{self.path} is not saved: {problem}")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    draft = path.with_name(path.name + ".new")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def cut_texts(value: Any, limit: int) -> Any:
@@ -1347,8 +1435,8 @@ class Journal(threading.Thread):
         self._partial: str | None = None
         self._closing = False
 
-    def record(self, turn: int, kind: str, data: Json) -> None:
-        event = self.store.add(turn, kind, bounded(data))
+    def record(self, turn: int, kind: str, data: Json, pictures: tuple[Json, ...] = ()) -> None:
+        event = self.store.add(turn, kind, bounded(data) | ({"pictures": list(pictures)} if pictures else {}))
         self._partial = None if kind == "text" else self._partial
         self._show([event])
         self._wake()
@@ -1592,7 +1680,9 @@ class Agent:
         self._alike = 0  # of the same kind, which is
         self._last_failure: Failure | None = None
         self._resets_at: float | None = None
-        self._paused = False
+        self._paused = self._attached = False
+        self._pause_reason: str | None = None
+        self._sign_in: Json = {}
         self._login: Login | None = None
         self._login_news: LoginNews | None = None
         self._compact_wanted = self._new_session_wanted = self._stopping = self._connected = False
@@ -1650,7 +1740,9 @@ class Agent:
 
     def _proceed(self) -> None:
         """Starts what can be started now, and says where the agent stands."""
-        if not (self._turn or self._park or self._paused or self._login or self._stopping):
+        if self._attached and self._turn is None:
+            self._end_process()  # two on one session would fork it
+        if not (self._turn or self._park or self._paused or self._attached or self._login or self._stopping):
             if self._new_session_wanted:
                 self._forget_session("A new session was asked for.")
             if self._compact_wanted:
@@ -1666,9 +1758,11 @@ class Agent:
             return Standing(State.WORKING)
         if self._login:
             return Standing(State.SIGNING_IN)
+        if self._attached:
+            return Standing(State.PAUSED, "The operator is at its keyboard.")
         if self._park:
             return Standing(self._park.state, self._park.reason, self._park.until)
-        return Standing(State.PAUSED if self._paused else State.IDLE)
+        return Standing(State.PAUSED, self._pause_reason) if self._paused else Standing(State.IDLE)
 
     def _announce(self, standing: Standing, *, force: bool = False) -> None:
         if standing == self._standing and not force:
@@ -1690,6 +1784,8 @@ class Agent:
             model=self._active_model,
             session=self.session.session,
             login=self._login_news.as_json() if self._login_news else None,
+            attached=True if self._attached and self._turn is None else None,
+            **self._sign_in,
             **self._context,
         )
 
@@ -1708,6 +1804,8 @@ class Agent:
             paused=self._paused,
             rehearsal=self.config.rehearsal or None,
             login=report.get("login"),
+            attached=report.get("attached"),
+            **self._sign_in,
             **self._context,
         )
         return self.row
@@ -1788,10 +1886,12 @@ class Agent:
 
     def _on_connected(self, hello: Hello) -> None:
         log(f"connected as {hello.name}")
-        self.hello, self._paused, self._connected = hello, hello.paused, True
-        self._chosen_model = hello.model if hello.model and is_model_name(hello.model) else None
+        self.hello, self._connected = hello, True
+        self._paused, self._pause_reason = hello.paused, hello.pause_reason
+        self._choose_model(hello.model if hello.model and is_model_name(hello.model) else None)
+        self._sign_in = sign_in_fields(self.config)
         self.journal.name_of_agent = self.session.name = hello.name
-        self.session.manager = hello.manager
+        self.session.manager, self.session.pid = hello.manager, os.getpid()
         self.session.save()
         self.journal.connected(hello.last_event)
         self._refresh()
@@ -1799,6 +1899,7 @@ class Agent:
     def _on_disconnected(self) -> None:
         self._connected = False
         self._held.clear()  # the host has taken it back and will give it again
+        self._detach()
         self.journal.disconnected()
         self._refresh()
 
@@ -1829,11 +1930,16 @@ class Agent:
     def _on_control(self, do: str, item: Fields) -> None:
         match do:
             case "pause":
-                self._paused = True
+                self._paused, self._pause_reason = True, item.maybe("reason", str)
                 self._give_back(list(self._held), "paused", blameless=True)
                 self._held.clear()
             case "resume":
                 self._paused, self._park, self._failures = False, None, 0
+            case "attach" if self.hello:
+                self._attached = True
+                write_for_claude(self.config.prompt_file, system_prompt(self.config, self.hello))
+            case "detach":
+                self._detach()
             case "interrupt":
                 self._interrupt("operator")
             case "compact":
@@ -1856,12 +1962,22 @@ class Agent:
     def _set_model(self, model: str) -> None:
         if not is_model_name(model):
             raise HarnessError("bad_value", f"{model!r} is not the name of a model.")
-        self._chosen_model = model
-        if self._process:
-            self._process.control("set_model", model=model)
+        self._choose_model(model)
+        self.session.save()
         if self._park and self._park.failure is Failure.MODEL:
             self._park = None
         self._note(f"The model is now {model}.")
+
+    def _choose_model(self, model: str | None) -> None:
+        if model and model != self._chosen_model and self._process:
+            self._process.control("set_model", model=model)
+        self._chosen_model = self.session.model = model
+
+    def _detach(self) -> None:
+        """Whoever was at the keyboard has left, perhaps without ending the Claude that ran there."""
+        if self._attached and self._turn is None and self.session.session:
+            sweep_orphans(self.session.session)
+        self._attached = False
 
     def _interrupt(self, by: str) -> None:
         if self._turn and self._process and not self._turn.interrupted_by:
@@ -1887,6 +2003,7 @@ class Agent:
             self._login = None
             self._note("Signed in." if news.phase == "done" else f"The sign-in failed: {news.error}")
         if news.phase == "done":
+            self._sign_in = sign_in_fields(self.config)
             if self._turn is None:
                 self._end_process()  # a new one reads the new credentials
             if self._park and self._park.failure is Failure.SIGN_IN:
@@ -1925,16 +2042,17 @@ class Agent:
     def _start_process(self) -> ClaudeProcess:
         if self.hello is None:  # not possible for mail, which comes after it; a page could ask for more
             raise HarnessError("no_host", "There was no word from the host yet.")
-        resume = self.session.session is not None
         session = self.session.session or str(uuid.uuid4())
-        prompt_file = self.config.state / "hyperhive-prompt.md"
-        try:
-            write_atomically(prompt_file, encode_text(system_prompt(self.config, self.hello)))
-        except OSError as problem:
-            raise HarnessError("cannot_start", f"{prompt_file} cannot be written: {problem}.") from None
-        launch = Launch(session, resume, self._chosen_model, prompt_file, self.hello.name)
-        process = ClaudeProcess(self.config, launch, self.inbox)
-        self._note(f"Session {session} {'resumed' if resume else 'begun'} (process {process.pid}).")
+        servers = extra_servers(self.config)
+        launch = Launch(
+            session=session,
+            resume=self.session.session is not None,
+            model=self._chosen_model,
+            prompt_file=write_for_claude(self.config.prompt_file, system_prompt(self.config, self.hello)),
+            servers_file=write_for_claude(self.config.servers_file, as_servers(servers)) if servers else None,
+        )
+        process = ClaudeProcess(self.config, launch, self.hello.name, self.inbox)
+        self._note(f"Session {session} {'resumed' if launch.resume else 'begun'} (process {process.pid}).")
         return process
 
     def _pass_in(self, turn: Turn, process: ClaudeProcess, messages: list[Message]) -> None:
@@ -1990,9 +2108,9 @@ class Agent:
                 turn.tools += 1
                 data = given(tool_use_id=tool, name=name, input=arguments, parent=parent)
                 self.journal.record(turn.number, "tool_call", data)
-            case ToolAnswered(tool, output, is_error, images, parent):
+            case ToolAnswered(tool, output, is_error, images, pictures, parent):
                 data = given(tool_use_id=tool, output=output, is_error=is_error, images=images or None, parent=parent)
-                self.journal.record(turn.number, "tool_result", data)
+                self.journal.record(turn.number, "tool_result", data, pictures)
 
     def _turn_of_its_own(self) -> Turn:
         """Claude starts a turn without mail when a background task of its ends."""
@@ -2046,6 +2164,7 @@ class Agent:
         sums = {"duration_ms": turn.duration_ms, "tools": turn.tools, "tokens": tokens, "cost_usd": cost}
         self.journal.record(turn.number, "turn_end", {"outcome": outcome, **why, **sums})
         self._turn, self._writing = None, ""
+        self._sign_in = sign_in_fields(self.config)
         self._idle_since = time.monotonic()
 
     def _finish(self, turn: Turn, outcome: str, cost: float, ended: Ended | None) -> None:
@@ -2102,6 +2221,8 @@ class Agent:
             until = None
         elif remedy.wait is Wait.RESET and self._resets_at and self._resets_at > time.time():
             until = self._resets_at + 1
+            if self.hello and not self.hello.wait_for_limit:
+                reason, until = f"{reason} It resets at {rfc3339(until)}; resume it when it should go on.", None
         return Park(failure, remedy.state, reason, until)
 
     def _abandon(self, turn: Turn, cost: float = 0.0, ended: Ended | None = None) -> None:
@@ -2167,10 +2288,6 @@ class Agent:
         flushed.wait(STOP_FLUSH_S)
         self._announce(Standing(State.IDLE))
         self.journal.close(STOP_FLUSH_S)
-
-
-def encode_text(text: str) -> bytes:
-    return text.encode("utf-8", "replace")
 
 
 # ──────────────────────────────────────────────────────────────────────────────
@@ -2623,7 +2740,10 @@ class Page:
         item = given(do=do, **{wanted: body.text(wanted)} if wanted else {})
         if do == "set_model" and not is_model_name(item["model"]):
             raise HarnessError("bad_value", f"{item['model']!r} is not the name of a model.")
-        self.agent.inbox.put(Control(do, Fields(item, "the request")))
+        if do in ("pause", "resume", "set_model"):  # must last: the host decides, remembers, and tells us
+            self.calls.call("page_control", item, patience_s=5)
+        else:
+            self.agent.inbox.put(Control(do, Fields(item, "the request")))
         return {}
 
 
@@ -2632,6 +2752,8 @@ PAGE_CONTROLS: Final = {
     "/api/compact": "compact",
     "/api/new_session": "new_session",
     "/api/model": "set_model",
+    "/api/pause": "pause",
+    "/api/resume": "resume",
     "/api/login_begin": "login_begin",
     "/api/login_finish": "login_finish",
     "/api/login_cancel": "login_cancel",
@@ -3298,6 +3420,14 @@ def rehearse_login() -> int:
     return 1
 
 
+def rehearse_at_keyboard(session: str) -> int:
+    """Somebody attached: there is no model to talk to, and it says so."""
+    print(f"This is a rehearsal of session {session}: nobody answers here. Ctrl-D ends it.", flush=True)
+    for _ in sys.stdin:
+        print("Nobody answers: a script plays this agent. Ctrl-D ends it.", flush=True)
+    return 0
+
+
 def rehearse(arguments: list[str]) -> int:
     if arguments[:2] == ["auth", "login"]:
         return rehearse_login()
@@ -3305,10 +3435,13 @@ def rehearse(arguments: list[str]) -> int:
         print(json.dumps({"loggedIn": True, "authMethod": "rehearsal"}))
         return 0
     parser = argparse.ArgumentParser(prog="harness.py rehearsal", allow_abbrev=False)
+    parser.add_argument("-p", action="store_true", dest="is_stream")
     parser.add_argument("--resume")
     parser.add_argument("--session-id")
     parser.add_argument("--include-partial-messages", action="store_true")
     options, _ = parser.parse_known_args(arguments)
+    if not options.is_stream:
+        return rehearse_at_keyboard(options.resume or options.session_id)
     rehearsal = Rehearsal(options, os.environ)
     return rehearsal.run() if rehearsal.open_session(resume=options.resume is not None) else 1
 
@@ -3349,15 +3482,51 @@ def run_tool_server(config: Config) -> int:
     return 0
 
 
+def adopt_environment(pid: int) -> None:
+    """What the service was given and a login shell was not: a person's Claude must find the same."""
+    with contextlib.suppress(OSError):
+        for pair in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            name, _, value = os.fsdecode(pair).partition("=")
+            if name:
+                os.environ.setdefault(name, value)
+
+
+def run_interactive(config: Config) -> int:
+    """A person at a terminal takes the session over; the service holds its loop still for as long as they are here."""
+    adopt_environment(Session.load(config.session_file).pid)
+    config = Config.from_environment(os.environ)
+    session = Session.load(config.session_file)
+    own = {"command": sys.executable, "args": [str(Path(__file__).resolve()), "mcp"]}
+    launch = Launch(
+        session=session.session or str(uuid.uuid4()),
+        resume=session.session is not None,
+        model=session.model,
+        prompt_file=config.prompt_file,
+        servers_file=write_for_claude(config.attached_file, as_servers({**extra_servers(config), "hive": own})),
+    )
+    marks = {SESSION_MARK: launch.session, "HYPERHIVE_NAME": session.name}
+    argv = [*config.claude, *launch.options()]
+    os.chdir(config.state)
+    try:
+        os.execvpe(argv[0], argv, {**claude_environment(config), **marks})  # noqa: S606 - without a shell, indeed
+    except OSError as problem:
+        raise HarnessError("cannot_start", f"{argv[0]} cannot be started: {problem}.") from None
+
+
 def main() -> int:
     if sys.argv[1:2] == ["rehearsal"]:  # its options are claude's, not ours
         return rehearse(sys.argv[2:])
     parser = argparse.ArgumentParser(description="The process inside an agent's container.")
-    verbs = {"run": run_service, "mcp": run_tool_server}
-    parser.add_argument("verb", choices=[*verbs, "rehearsal"], help="run the service, serve tools, or play Claude")
+    verbs = {"run": run_service, "attach": run_interactive, "mcp": run_tool_server}
+    what = "run the service, take the session over, serve tools, or play Claude"
+    parser.add_argument("verb", choices=[*verbs, "rehearsal"], help=what)
     parser.add_argument("--version", action="version", version=VERSION)
     arguments = parser.parse_args()
-    return verbs[arguments.verb](Config.from_environment(os.environ))
+    try:
+        return verbs[arguments.verb](Config.from_environment(os.environ))
+    except HarnessError as problem:
+        print(f"harness: {problem.message}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
