@@ -2330,14 +2330,17 @@ class Approvals:
 
         def work(tx: Tx) -> None:
             row = self._row(tx, approval)
-            waiting = "DELETE FROM deploys WHERE approval = ? AND phase = 'queued' AND not_before > ?"
-            if row["status"] != Status.APPROVED or not tx.execute(waiting, approval, now_ms()).rowcount:
+            waiting = "SELECT id FROM deploys WHERE approval = ? AND phase = 'queued' AND not_before > ?"
+            deploy = tx.value(waiting, approval, now_ms())
+            if row["status"] != Status.APPROVED or deploy is None:
                 raise Refused("conflict", f"request {approval} can't be undone any more", "`rollback` goes back")
+            tx.execute("DELETE FROM deploys WHERE id = ?", deploy)
             tx.execute(
                 "UPDATE approvals SET status = 'pending', note = NULL, resolved_at = NULL, resolved_by = NULL"
                 " WHERE id = ?",
                 approval,
             )
+            tx.changed("deploy", deploy)
             if row["kind"] == Kind.SPAWN:
                 self.unadmit(tx, row["agent"])
             tx.audit(actor, "undo", f"approval {approval}")
@@ -4400,7 +4403,7 @@ class Views:
             return {"kind": kind, "row": self._message(row)} if row else None
         if kind == "deploy":
             deploy = self._store.row("SELECT * FROM deploys WHERE id = ?", key)
-            return {"kind": kind, "row": self._deploy(deploy)} if deploy else None
+            return {"kind": kind, "row": self._deploy(deploy)} if deploy else {"kind": "deploy_gone", "id": key}
         if kind == "deploy_log":
             return {"kind": kind, "id": key[0], "lines": list(key[1])}
         if kind == "usage":
