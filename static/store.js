@@ -105,6 +105,7 @@ const CHANGES = {
   deploy: ({ row }) => {
     if (replace(state.deploys, row)) arrived.add(`deploy:${row.id}`);
   },
+  deploy_gone: ({ id }) => remove(state.deploys, id),
   deploy_log: ({ id, lines }) => add_log(id, lines),
   attention: ({ rows }) => take_attention(rows),
   usage: ({ today_usd }) => {
