@@ -4031,6 +4031,7 @@ WORRIES: Final = {  # system messages to the operator that stay on the screen un
 class Views:
     def __init__(self, config: Config, store: Store, agents: Agents) -> None:
         self._config, self._store, self._agents = config, store, agents
+        self._begun = rfc3339(now_ms())
 
     # -- agents
 
@@ -4332,7 +4333,7 @@ class Views:
         found = [*self._waiting_requests(), *self._waiting_questions(), *self._troubled(agents), *self._worries()]
         if not any(agent["manager"] for agent in agents):
             text = "No manager yet: it is the agent that you talk to, and it asks you before anything changes."
-            found.insert(0, {"key": "start_manager", "kind": "start_manager", "text": text, "since": rfc3339(now_ms())})
+            found.insert(0, {"key": "start_manager", "kind": "start_manager", "text": text, "since": self._begun})
         return found
 
     def _waiting_requests(self) -> Iterator[Json]:
@@ -4458,7 +4459,7 @@ class Hub:
         self._lock = threading.Lock()
         self._ring: deque[tuple[int, str, bytes]] = deque(maxlen=REPLAY)  # (seq, agent it is for, frame)
         self._streams: set[Stream] = set()
-        self._worries: list[Json] = []
+        self._worries: list[Json] | None = None  # as they were told last; None: to nobody who still listens
         self._statuses: dict[str, Json] = {}
         self._closed = self._void = False
         self._selector = selectors.DefaultSelector()
@@ -4563,11 +4564,13 @@ class Hub:
         if not self._streams:
             self._seq += 1  # whoever comes back with an older number gets a snapshot
             self._ring.clear()
+            self._worries = None
             return
         if len(marks) > FLOOD:
             self._seq += 1
             self._ring.clear()
-            self._each(self._snapshot_for)
+            frame = self._snapshot()
+            self._each(lambda stream: self._begin_with(stream, frame))
             self._status_rows()
         else:
             self._publish_rows(marks)
@@ -4582,7 +4585,7 @@ class Hub:
         if any(stream.dialect == "status" for stream in self._streams):
             self._status_rows()
         worries = self._views.attention()
-        if [row["key"] for row in worries] != [row["key"] for row in self._worries]:
+        if worries != self._worries:
             self._worries = worries
             self._frame({"kind": "attention", "rows": worries})
 
@@ -4606,10 +4609,12 @@ class Hub:
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
         return f"id: {self.seq}\nevent: {event}\ndata: {text}\n\n".encode()
 
-    def _snapshot_for(self, stream: Stream) -> bytes:
+    def _snapshot(self) -> bytes:
+        return self._sse("snapshot", {"seq": self.seq} | self._views.snapshot())
+
+    def _begin_with(self, stream: Stream, frame: bytes) -> bytes:
         if stream.dialect == "status":
             return b""
-        frame = self._sse("snapshot", {"seq": self.seq} | self._views.snapshot())
         stream.allowed = BACKLOG_BYTES + 2 * len(frame)
         return frame
 
@@ -4635,7 +4640,7 @@ class Hub:
         oldest = self._ring[0][0] if self._ring else self._seq + 1
         if epoch == self._epoch and re.fullmatch("[0-9]{1,15}", number) and oldest - 1 <= int(number) <= self._seq:
             return b"".join(f for seq, agent, f in self._ring if seq > int(number) and agent in ("", stream.agent))
-        return self._snapshot_for(stream)
+        return self._begin_with(stream, self._snapshot())
 
     def _each(self, frame_for: Callable[[Stream], bytes]) -> None:
         for stream in list(self._streams):
