@@ -415,6 +415,38 @@ def test_decisions(crew: Hive) -> None:
     assert len(crew.api("GET", "/api/deploys?agent=yes").body["deploys"]) == 1
 
 
+def test_an_approval_can_be_taken_back_before_its_deploy_begins(hive: Hive) -> None:
+    hive.stop()
+    hive.configure(undo_s=600.0)
+    hive.start()
+    with hive.spawn("manager").agent("manager") as manager:
+        number = manager.ask("request_spawn", name="alice", description="helps")["id"]
+        with Stream(hive) as stream:
+            stream.next()
+            assert hive.api("POST", f"/api/approvals/{number}/approve", {"undo": True}).status == 200
+            deploy = stream.until("deploy")["row"]
+            assert (deploy["agent"], deploy["phase"]) == ("alice", "queued")
+            undone = hive.api("POST", f"/api/approvals/{number}/undo", {}).body["approval"]
+            assert undone["status"] == "pending" and not undone.keys() & {"phase", "undo_until", "resolved_at"}
+            assert stream.until("deploy_gone")["id"] == deploy["id"]
+        assert refused(hive.api("POST", f"/api/approvals/{number}/undo", {}), 409, "conflict")
+        assert hive.ask(cmd="list")["agents"] == ["manager"]
+        assert manager.ask("inbox")["messages"] == []  # it heard nothing of this
+
+
+def test_a_proposal_can_be_edited_before_it_is_approved(crew: Hive) -> None:
+    with crew.agent("manager") as manager:
+        number = manager.ask("request_spawn", name="edited", description="helps", config="{ }\n")["id"]
+    shown = crew.api("GET", f"/api/approvals/{number}").body["approval"]
+    edit = {"path": "agent.nix", "text": "{ /* mine */ }\n", "digest": shown["digest"]}
+    edited = crew.api("POST", f"/api/approvals/{number}/edit", edit).body["approval"]
+    assert "+{ /* mine */ }" in edited["diff"] and edited["digest"] != shown["digest"]
+    assert refused(crew.api("POST", f"/api/approvals/{number}/edit", edit), 409, "stale")
+    assert refused(crew.api("POST", f"/api/approvals/{number}/approve", {"digest": shown["digest"]}), 409, "stale")
+    assert crew.api("GET", f"/api/approvals/{number}/files").body["files"] == {"agent.nix": edit["text"]}
+    assert crew.api("POST", f"/api/approvals/{number}/deny", {}).status == 200
+
+
 def test_an_agents_life_by_its_actions(hive: Hive) -> None:
     def do(action: str, **body: Any) -> Any:
         answer = hive.api("POST", f"/api/agents/dora/{action}", body)
