@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 # Programs that the tests run, and after = the Debian package where its name is another.
-TOOLS  := chromium git nix-instantiate=nix-bin npm strace
+TOOLS  := chromium git nix-instantiate=nix-bin npm strace systemd-nspawn=systemd-container
 
 PIP  := .venv/bin/python -m pip --disable-pip-version-check --quiet install
 # The pins of pyproject.toml: those of the run time, or with the word `test` those of the tests.

@@ -3029,7 +3029,7 @@ class NixosContainers:
 
     def _conf(self, name: str) -> dict[str, str] | None:
         try:
-            return parse_conf(self._conf_file(name).read_text(errors="replace"))
+            return parse_conf(self._conf_file(name).read_bytes().decode(errors="replace"))
         except FileNotFoundError:
             return None
 

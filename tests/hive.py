@@ -147,6 +147,9 @@ class Hive:
     The manager is not started by itself, so that a test has only the agents it asks for.
     """
 
+    containers = "process"
+    environment: dict[str, str] = {}  # noqa: RUF012 - of the daemon, over that of the test
+
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder / "hive"
         self.folder.mkdir(parents=True)
@@ -174,11 +177,12 @@ class Hive:
     def start(self, *, ready: bool = True) -> Self:
         """Run the daemon, and unless told otherwise wait until it is `ready`."""
         assert self.daemon is None, "this hive runs already"
-        options = ["--dir", self.folder, "--port", str(self.port), "--containers", "process", "--config", self.config]
+        options = ["--dir", self.folder, "--port", str(self.port), "--config", self.config]
         with self.log.open("ab") as log:
             self.daemon = subprocess.Popen(
-                [*HYPERHIVE, "serve", *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+                [*HYPERHIVE, "serve", *options, "--containers", self.containers],
+                env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
         try:
             if ready:
                 wait_for(self.is_ready, "the daemon to answer /healthz")
