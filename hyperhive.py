@@ -1338,8 +1338,8 @@ def last_backup(database: Path) -> str:
 LEASE_BYTES: Final = 256 * 1024  # of bodies in one answer; at least one message
 PING_PONG_SQL: Final = """
     SELECT count(*) FROM (
-        SELECT at FROM messages WHERE sender = ?1 AND recipient = ?2 AND at > ?3
-        UNION ALL SELECT at FROM messages WHERE sender = ?2 AND recipient = ?1 AND at > ?3 LIMIT ?4)
+        SELECT id FROM messages WHERE sender = ?1 AND recipient = ?2 AND at > ?3 AND id > ?4
+        UNION ALL SELECT id FROM messages WHERE sender = ?2 AND recipient = ?1 AND at > ?3 AND id > ?4 LIMIT ?5)
 """
 
 
@@ -1477,9 +1477,9 @@ class Broker:
         """Two agents that only answer each other burn money for nothing: both are paused."""
         if not self.limits.ping_pong:
             return
-        spoke = tx.value("SELECT max(at) FROM messages WHERE sender = ? AND recipient IN (?, ?)", OPERATOR, one, other)
-        since = max(now_ms() - self.limits.ping_pong_s * 1000, spoke or 0)
-        count = tx.value(PING_PONG_SQL, one, other, since, self.limits.ping_pong + 1)
+        spoke = tx.value("SELECT max(id) FROM messages WHERE sender = ? AND recipient IN (?, ?)", OPERATOR, one, other)
+        since = now_ms() - self.limits.ping_pong_s * 1000
+        count = tx.value(PING_PONG_SQL, one, other, since, spoke or 0, self.limits.ping_pong + 1)
         if count <= self.limits.ping_pong:
             return
         reason = f"{one} and {other} exchanged more than {self.limits.ping_pong} messages without a word from you"
