@@ -28,7 +28,7 @@ demo: .venv/run ## a hive to try, in a folder of its own: no NixOS, no account, 
 	@.venv/bin/python hyperhive.py demo $(ARGS)
 
 test: system lint tests/node_modules/.package-lock.json ## everything: what it needs, the linters, the tests
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)  # they wait more than they compute
 
 lint: .venv/test ## ruff and mypy
 	@.venv/bin/python -m ruff check
