@@ -17,7 +17,7 @@ Who is trusted with what (each line is enforced in the room named behind it):
 Rooms, top to bottom; each uses only those above it:
 
     Constants and configuration · Errors · Types · Boundary parsing · Processes · Storage · Broker ·
-    Config repositories · Approvals · Containers · Agents · Deploys · Pre-checks · Views · Live ·
+    Budgets · Config repositories · Approvals · Containers · Agents · Deploys · Pre-checks · Views · Live ·
     Notifications · Sockets · Dashboard · Daemon · Command line
 """
 
@@ -88,6 +88,7 @@ EVENTS_KEPT: Final = 2000  # of each agent, for the dashboard
 EVENT_BYTES: Final = 1024 * 1024
 LOG_LINES_MAX: Final = 1000
 CRASH_WINDOW_MS: Final = 600_000
+SIGN_IN_ENDS_MS: Final = 3 * 86_400_000  # so long before its end the operator is told
 DAY_MS: Final = 86_400_000
 
 Json = dict[str, Any]
@@ -149,7 +150,10 @@ class Config:
     model: str = ""
     environment_file: str = ""
     extra_prompt: str = ""
+    mcp_servers: str = ""
     daily_budget_usd: float = 0.0
+    hive_daily_budget_usd: float = 0.0
+    wait_for_limit: bool = True
     precheck: str = "build"
     precheck_timeout_s: float = 1800.0
     undo_s: float = 5.0
@@ -374,6 +378,8 @@ class Control(enum.StrEnum):
     LOGIN_FINISH = "login_finish"
     LOGIN_CANCEL = "login_cancel"
     SEND_HISTORY = "send_history"
+    ATTACH = "attach"
+    DETACH = "detach"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1092,6 +1098,13 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         PRIMARY KEY (approval, n)
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE agents ADD COLUMN pause_reason TEXT;                    -- these three while it is paused
+    ALTER TABLE agents ADD COLUMN paused_by TEXT;
+    ALTER TABLE agents ADD COLUMN budget_day TEXT;                      -- the day whose budget paused it
+    ALTER TABLE agents ADD COLUMN trouble TEXT NOT NULL DEFAULT '';     -- what the manager was told of
+    ALTER TABLE agents ADD COLUMN signed_in_renews INTEGER;
+    """,
 )
 
 
@@ -1489,19 +1502,39 @@ class Broker:
 
     # -- pausing (here because a paused agent is leased nothing)
 
-    def pause(self, tx: Tx, actor: Actor, name: str, *, paused: bool, reason: str = "") -> bool:
-        """Whether this changed anything."""
-        row = tx.one("SELECT paused FROM agents WHERE name = ? AND NOT kept", name)
+    def pause(
+        self, tx: Tx, actor: Actor, name: str, *, paused: bool, reason: str = "", budget_day: str | None = None
+    ) -> bool:
+        """Whether this changed anything. A resume also ends the wait of an agent that a failure has parked."""
+        row = tx.one("SELECT paused, state FROM agents WHERE name = ? AND NOT kept", name)
         if row is None:
             raise Refused("unknown_agent", f"there is no agent {name!r}")
-        if bool(row["paused"]) == paused:
+        parked = (HarnessState.NEEDS_LOGIN, HarnessState.RATE_LIMITED, HarnessState.FAILED)
+        if bool(row["paused"]) == paused and (paused or row["state"] not in parked):
             return False
-        tx.execute("UPDATE agents SET paused = ?, state_reason = ? WHERE name = ?", int(paused), reason or None, name)
+        why = (reason or None, str(actor), budget_day) if paused else (None, None, None)
+        tx.execute(
+            "UPDATE agents SET paused = ?, pause_reason = ?, paused_by = ?, budget_day = ? WHERE name = ?",
+            int(paused),
+            *why,
+            name,
+        )
         tx.audit(actor, "pause" if paused else "resume", name, reason or "ok")
         tx.changed("agent", name)
         tx.touched.add(name)
-        self.control(tx, name, Control.PAUSE if paused else Control.RESUME)
+        if paused:
+            self.control(tx, name, Control.PAUSE, **without_none(reason=reason or None))
+        else:
+            self.control(tx, name, Control.RESUME)
         return True
+
+    def pause_from_page(self, tx: Tx, name: str, *, paused: bool) -> None:
+        """Whoever has the link to an agent's page may hold it, and let go what the page held; no more than that."""
+        actor = Actor(name, "page")
+        by = tx.value("SELECT paused_by FROM agents WHERE name = ? AND paused", name)
+        if not paused and by not in (None, str(actor)):
+            raise Refused("forbidden", f"{by} has paused {name}", "resume it on the dashboard")
+        self.pause(tx, actor, name, paused=paused, reason="paused at its own page" if paused else "")
 
     def control(self, tx: Tx, name: str, do: Control, **fields: Any) -> None:
         """Queue a control item for a harness. Items are not durable: what must last is in hello's answer."""
@@ -1912,6 +1945,59 @@ def message_json(row: sqlite3.Row) -> Json:
         kind=row["kind"],
         data=None if row["data"] is None else json.loads(row["data"]),
     )
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Budgets
+# ──────────────────────────────────────────────────────────────────────────────
+# What turns may cost in a day of the host's calendar, for each agent and for the hive. The sum only rises, so
+# a mark is passed by exactly one turn: that is why nothing here has to be remembered. Who resumes an agent by
+# hand grants it as much again; a new day resumes what a budget has paused.
+
+
+class Budgets:
+    NEAR: Final = 0.8
+
+    def __init__(self, config: Config, store: Store, broker: Broker) -> None:
+        self._config, self._store, self._broker = config, store, broker
+
+    def charge(self, tx: Tx, agent: str, cost: float) -> None:
+        """A turn's usage has just been stored."""
+        day, sums = day_of(now_ms()), "SELECT coalesce(sum(cost_usd), 0) FROM usage WHERE day = ?"
+        self._judge(tx, agent, tx.value(f"{sums} AND agent = ?", day, agent), cost, self._config.daily_budget_usd)
+        self._judge(tx, None, tx.value(sums, day), cost, self._config.hive_daily_budget_usd)
+
+    def _judge(self, tx: Tx, agent: str | None, spent: float, cost: float, budget: float) -> None:
+        if not budget:
+            return
+        before, now = (amount / budget + 1e-9 for amount in (spent - cost, spent))
+        reason = f"{agent or 'the hive'} has spent ${spent:.2f} today; its budget is ${budget:.2f}"
+        if int(now) > int(before):
+            self._stop(tx, agent, reason)
+        elif before < self.NEAR <= now:
+            tx.audit(SYSTEM_ACTOR, "budget_near", agent or "hive", reason)
+            self._tell(tx, "budget_near", f"{reason}. At the whole of it {agent or 'everyone'} is paused.", agent)
+
+    def _stop(self, tx: Tx, agent: str | None, reason: str) -> None:
+        every = [row["name"] for row in tx.execute("SELECT name FROM agents WHERE NOT kept ORDER BY name").fetchall()]
+        today = day_of(now_ms())
+        for name in [agent] if agent else every:
+            self._broker.pause(tx, SYSTEM_ACTOR, name, paused=True, reason=reason, budget_day=today)
+        whom = "It is paused" if agent else "All agents are paused"
+        self._tell(tx, "budget_reached", f"{reason}. {whom} until tomorrow, or until you resume.", agent)
+
+    def _tell(self, tx: Tx, kind: str, text: str, agent: str | None) -> None:
+        self._broker.tell(tx, OPERATOR, kind, text[0].upper() + text[1:] if agent is None else text, agent=agent)
+
+    def begin_day(self) -> None:
+        """Called each tick."""
+        today, over = day_of(now_ms()), "SELECT name FROM agents WHERE budget_day < ? AND NOT kept"
+        if self._store.row(over, today):
+            self._store.write(lambda tx: self._resume(tx, tx.execute(over, today).fetchall()))
+
+    def _resume(self, tx: Tx, rows: list[sqlite3.Row]) -> None:
+        for row in rows:
+            self._broker.pause(tx, SYSTEM_ACTOR, row["name"], paused=False, reason="a new day, a new budget")
 
 
 # ──────────────────────────────────────────────────────────────────────────────
@@ -3281,6 +3367,7 @@ class Agents:
         self.connected: dict[str, set[object]] = defaultdict(set)  # connections on which a harness said hello
         self.running: frozenset[str] = frozenset()
         self.busy: set[str] = set()  # being deployed: not the watch's business
+        self.attached: dict[str, threading.Event] = {}  # somebody is at its keyboard; set: its loop holds still
         self.starting: dict[str, threading.Thread] = {}  # nor are these
         self._leaving = False
         self._locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
@@ -3371,6 +3458,26 @@ class Agents:
             tx.changed("agent", name)
 
         self._store.write(work)
+
+    def attach(self, actor: Actor, name: str) -> threading.Event:
+        """Hold an agent's loop still, for a person at its session; the event says that it does."""
+        self.living(name)
+        if not self.connected[name]:
+            raise Refused("conflict", f"{name} is not connected", "start it first")
+        event = threading.Event()
+        if self.attached.setdefault(name, event) is not event:
+            raise Refused("conflict", f"somebody is at the keyboard of {name} already")
+        self._store.write(lambda tx: self._tell_attached(tx, actor, name, Control.ATTACH))
+        return event
+
+    def detach(self, actor: Actor, name: str) -> None:
+        if self.attached.pop(name, None) is not None:
+            self._store.write(lambda tx: self._tell_attached(tx, actor, name, Control.DETACH))
+
+    def _tell_attached(self, tx: Tx, actor: Actor, name: str, do: Control) -> None:
+        tx.audit(actor, str(do), name)
+        tx.changed("agent", name)
+        self._broker.control(tx, name, do)
 
     def destroy(self, actor: Actor, name: str, *, purge: bool) -> None:
         """Remove the container; keep notes, sign-in, config and mail, or with `purge` wipe all of it."""
@@ -4025,6 +4132,7 @@ WORRIES: Final = {  # system messages to the operator that stay on the screen un
     "container_crash": "failed",
     "paused": "paused",
     "budget_reached": "budget",
+    "budget_near": "budget",
 }
 
 
@@ -4046,7 +4154,7 @@ class Views:
         return self._status_fields(row, running) | without_none(
             state=state,
             state_since=rfc3339(since),
-            state_reason=row["failed"] or row["state_reason"],
+            state_reason=row["failed"] or (row["pause_reason"] if state == "paused" else None) or row["state_reason"],
             until=when(row["state_until"]),
             description=row["description"] or None,
             port=self._config.port_of(row["name"]),
@@ -4057,6 +4165,9 @@ class Views:
             context_window=row["context_window"],
             login=None if row["login"] is None else json.loads(row["login"]),
             signed_in_until=when(row["signed_in_until"]),
+            signed_in_renews=True if row["signed_in_renews"] else None,
+            paused_by=row["paused_by"],
+            attached=True if row["name"] in self._agents.attached else None,
             manager=row["name"] == MANAGER,
             kept=bool(row["kept"]),
             rehearsal=self._config.rehearsal or None,
@@ -4092,7 +4203,8 @@ class Views:
         if not running:
             soon = row["name"] in self._agents.busy or row["name"] in self._agents.starting
             return ("starting" if soon else "stopped"), since
-        return ("idle" if said == HarnessState.PAUSED else said), since
+        at_keyboard = row["name"] in self._agents.attached
+        return ("idle" if said == HarnessState.PAUSED and not at_keyboard else said), since
 
     def agent_statuses(self, name: str | None = None) -> list[Json]:
         rows = self._store.rows(
@@ -4330,7 +4442,8 @@ class Views:
 
     def attention(self) -> list[Json]:
         agents = self.agents()
-        found = [*self._waiting_requests(), *self._waiting_questions(), *self._troubled(agents), *self._worries()]
+        found = [*self._waiting_requests(), *self._waiting_questions(), *self._troubled(agents)]
+        found += [*self._ending_sign_ins(agents), *self._worries()]
         if not any(agent["manager"] for agent in agents):
             text = "No manager yet: it is the agent that you talk to, and it asks you before anything changes."
             found.insert(0, {"key": "start_manager", "kind": "start_manager", "text": text, "since": self._begun})
@@ -4346,7 +4459,7 @@ class Views:
             yield _worry("question", row["id"], row["from"], f"{row['from']} asks: {row['question']}", row["asked_at"])
 
     def _troubled(self, agents: list[Json]) -> Iterator[Json]:
-        words = {"failed": "has failed", "needs_login": "is signed out", "rate_limited": "has reached a limit"}
+        words = {"failed": "has failed", "needs_login": "is signed out", "rate_limited": "waits"}
         for row in agents:
             if row["state"] in words:
                 reason = f": {row['state_reason']}" if "state_reason" in row else ""
@@ -4357,6 +4470,16 @@ class Views:
                     f"{row['name']} {words[row['state']]}{reason}",
                     row["state_since"],
                 )
+
+    def _ending_sign_ins(self, agents: list[Json]) -> Iterator[Json]:
+        soon = rfc3339(now_ms() + SIGN_IN_ENDS_MS)
+        for row in agents:
+            until = row.get("signed_in_until", soon)
+            if until < soon and not row.get("signed_in_renews") and row["state"] != HarnessState.NEEDS_LOGIN:
+                text = f"{row['name']}'s sign-in ends at {until}: sign in again before that"
+                yield _worry("needs_login", row["name"], row["name"], text, rfc3339(now_ms())) | {
+                    "key": f"sign_in_ends-{row['name']}"
+                }
 
     def _worries(self) -> Iterator[Json]:
         for row in self.inbox(OPERATOR, most=500, unread=True):
@@ -4385,7 +4508,7 @@ class Views:
             "questions": self.questions(status="open")[::-1],
             "messages": self.messages(),
             "deploys": self.deploys(most=20),
-            "usage": {"today_usd": self.spent_today()},
+            "usage": without_none(today_usd=self.spent_today(), budget_usd=self._config.hive_daily_budget_usd or None),
             "attention": self.attention(),
             "paused_all": bool(agents) and all(agent["paused"] for agent in agents),
         }
@@ -4784,6 +4907,7 @@ class Notifier:
 #   set_status       text
 #   report           events?, usage?, state?
 #   list_agents                                           → agents
+#   page_control     do (pause | resume | set_model), model?         what was asked for at the agent's own page
 #   and of the manager alone:
 #   checkout_config  agent                                → bundle (base64), sha
 #   request_spawn    name, description, config?           → id
@@ -5041,6 +5165,7 @@ class Services:
     config: Config
     store: Store
     broker: Broker
+    budgets: Budgets
     repositories: Repositories
     approvals: Approvals
     agents: Agents
@@ -5212,7 +5337,10 @@ class AgentConnection(Connection):
         config, row = self._s.config, self._s.agents.living(self.name)
         page = {"host": config.listen_address, "port": config.port_of(self.name), "hosts": list(config.known_hosts)}
         settings = without_none(
-            warm_s=config.warm_s, stall_s=config.stall_s, daily_budget_usd=config.daily_budget_usd or None
+            warm_s=config.warm_s,
+            stall_s=config.stall_s,
+            wait_for_limit=config.wait_for_limit,
+            daily_budget_usd=config.daily_budget_usd or None,
         )
         peers = [{key: peer[key] for key in ("name", "description") if key in peer} for peer in self._s.views.peers()]
         return without_none(
@@ -5220,6 +5348,7 @@ class AgentConnection(Connection):
             manager=self.name == MANAGER,
             manager_name=MANAGER,
             paused=bool(row["paused"]),
+            pause_reason=row["pause_reason"],
             model=row["model"] or config.model or None,
             page=page,
             last_event=known,
@@ -5360,6 +5489,19 @@ class AgentConnection(Connection):
         f.done()
         return {"agents": self._s.views.peers()}
 
+    def page_control(self, f: Fields) -> Json:
+        do = f.choice("do", Control)
+        model = f.text("model", max_bytes=100) if do is Control.SET_MODEL else ""
+        f.done()
+        if do not in (Control.PAUSE, Control.RESUME, Control.SET_MODEL):
+            raise Refused("bad_request", f"{do} is no matter of the host's", "known: pause, resume, set_model")
+        if do is Control.SET_MODEL:
+            self._s.store.write(lambda tx: choose_model(tx, self._s.broker, Actor(self.name, "page"), self.name, model))
+        else:
+            paused = do is Control.PAUSE
+            self._s.store.write(lambda tx: self._s.broker.pause_from_page(tx, self.name, paused=paused))
+        return {}
+
     # -- reports
 
     def report(self, f: Fields) -> Json:
@@ -5387,6 +5529,8 @@ class AgentConnection(Connection):
                 event["kind"],
                 json.dumps(event["data"]),
             )
+        if any(event["kind"] == "turn_end" and event["data"].get("outcome") == "done" for event in stored):
+            self._end_trouble(tx)
         if stored:
             newest = tx.value("SELECT max(id) FROM events WHERE agent = ?", self.name)
             tx.execute("DELETE FROM events WHERE agent = ? AND id <= ?", self.name, newest - EVENTS_KEPT)
@@ -5409,14 +5553,12 @@ class AgentConnection(Connection):
         )
         tx.changed("usage", None)
         tx.changed("agent", self.name)
-        budget = self._s.config.daily_budget_usd
-        spent = tx.value("SELECT sum(cost_usd) FROM usage WHERE day = ? AND agent = ?", day_of(now_ms()), self.name)
-        if budget and spent >= budget:
-            reason = f"{self.name} has spent ${spent:.2f} today; its budget is ${budget:.2f}"
-            if self._s.broker.pause(tx, SYSTEM_ACTOR, self.name, paused=True, reason=reason):
-                self._s.broker.tell(tx, OPERATOR, "budget_reached", f"{reason}. It is paused.", agent=self.name)
+        if known is None:
+            self._s.budgets.charge(tx, self.name, usage["cost_usd"])
 
     def _take_state(self, tx: Tx, state: Json) -> None:
+        if state.pop("attached") and (holding := self._s.agents.attached.get(self.name)):
+            tx.after_commit(holding.set)
         row = tx.one("SELECT state FROM agents WHERE name = ?", self.name)
         before = row["state"] if row else None
         since = {} if state["state"] == before else {"state_since": now_ms()}
@@ -5429,22 +5571,29 @@ class AgentConnection(Connection):
             self._spread(tx, before, state)
 
     def _spread(self, tx: Tx, before: str | None, state: Json) -> None:
-        """The manager is told, once, of what stops an agent and of its return."""
-        if self.name == MANAGER:
+        """The manager is told of what stops an agent: once, however often it tries in vain, till a turn ends well."""
+        said, reason = state["state"], f": {state['state_reason']}" if state["state_reason"] else "."
+        if said == HarnessState.IDLE and before in (HarnessState.NEEDS_LOGIN, HarnessState.SIGNING_IN):
+            self._end_trouble(tx, only=HarnessState.NEEDS_LOGIN)
+        words = {HarnessState.NEEDS_LOGIN: "is signed out", HarnessState.RATE_LIMITED: "waits"}.get(said)
+        known = tx.value("SELECT trouble FROM agents WHERE name = ?", self.name).split()
+        if words and said not in known:
+            tx.execute("UPDATE agents SET trouble = ? WHERE name = ?", " ".join([*known, said]), self.name)
+            until = when(state["state_until"]) if said == HarnessState.RATE_LIMITED else None
+            self._tell_manager(tx, said, f"{self.name} {words}{reason}", **without_none(until=until))
+
+    def _end_trouble(self, tx: Tx, *, only: str | None = None) -> None:
+        known = tx.value("SELECT trouble FROM agents WHERE name = ?", self.name).split()
+        if not known:
             return
-        reason = f": {state['state_reason']}" if state["state_reason"] else "."
-        if state["state"] == HarnessState.NEEDS_LOGIN and before != HarnessState.SIGNING_IN:
-            self._s.broker.tell_manager(tx, "needs_login", f"{self.name} is signed out{reason}", agent=self.name)
-        elif state["state"] == HarnessState.RATE_LIMITED:
-            until = when(state["state_until"])
-            self._s.broker.tell_manager(
-                tx, "rate_limited", f"{self.name} has reached a limit{reason}", agent=self.name, until=until
-            )
-        elif before in (HarnessState.NEEDS_LOGIN, HarnessState.SIGNING_IN) and state["state"] in (
-            HarnessState.IDLE,
-            HarnessState.WORKING,
-        ):
-            self._s.broker.tell_manager(tx, "logged_in", f"{self.name} is signed in again.", agent=self.name)
+        if HarnessState.NEEDS_LOGIN in known:
+            self._tell_manager(tx, "logged_in", f"{self.name} is signed in again.")
+        left = " ".join(kind for kind in known if only and kind != only)
+        tx.execute("UPDATE agents SET trouble = ? WHERE name = ?", left, self.name)
+
+    def _tell_manager(self, tx: Tx, kind: str, text: str, **data: Any) -> None:
+        if self.name != MANAGER:
+            self._s.broker.tell_manager(tx, kind, text, agent=self.name, **data)
 
     # -- the manager's verbs
 
@@ -5515,6 +5664,13 @@ class AgentConnection(Connection):
         return {"lines": self._s.agents.containers.log(name, lines, None)[0]}
 
 
+def choose_model(tx: Tx, broker: Broker, actor: Actor, name: str, model: str) -> None:
+    """It lasts: a harness hears it now if it is there, and else when it says hello."""
+    tx.execute("UPDATE agents SET model = ? WHERE name = ?", model, name)
+    tx.audit(actor, str(Control.SET_MODEL), name, model)
+    broker.control(tx, name, Control.SET_MODEL, model=model)
+
+
 def draft_from(f: Fields, sender: str, limits: Limits) -> Draft:
     """A message as every door takes it."""
     body = f.text("body", max_bytes=limits.body_bytes)
@@ -5557,6 +5713,8 @@ def _state_from(f: Fields) -> Json:
         "state_until": f.moment("until", default=None),
         "login": json.dumps(_login_from(Fields(f.mapping("login")))) if f.has("login") else None,
         "signed_in_until": f.moment("signed_in_until", default=None),
+        "signed_in_renews": int(f.flag("signed_in_renews")),
+        "attached": f.flag("attached"),  # no column: whoever waits for it is told
     }
     f.text("session", max_bytes=100, default=None)
     optional = {
@@ -5593,6 +5751,7 @@ AGENT_VERBS: Final[dict[str, Callable[[AgentConnection, Fields], Json | None]]] 
     "set_status": AgentConnection.set_status,
     "report": AgentConnection.report,
     "list_agents": AgentConnection.list_agents,
+    "page_control": AgentConnection.page_control,
 }
 
 MANAGER_VERBS: Final[dict[str, Callable[[AgentConnection, Fields], Json | None]]] = {
@@ -6338,9 +6497,10 @@ def control_agent(services: Services, actor: Actor, name: str, do: Control, fiel
 
     def work(tx: Tx) -> None:
         if do is Control.SET_MODEL:
-            tx.execute("UPDATE agents SET model = ? WHERE name = ?", fields["model"], name)
-        tx.audit(actor, str(do), name, fields.get("model", "ok"))
-        services.broker.control(tx, name, do, **fields)
+            choose_model(tx, services.broker, actor, name, fields["model"])
+        else:
+            tx.audit(actor, str(do), name)
+            services.broker.control(tx, name, do, **fields)
 
     services.store.write(work)
 
@@ -6518,6 +6678,7 @@ class Daemon:
     def _assemble(self, store: Store) -> Services:
         config = self.config
         broker = Broker(store, config.limits)
+        budgets = Budgets(config, store, broker)
         repositories = Repositories(config)
         approvals = Approvals(config, store, broker)
         agents = Agents(config, store, broker, approvals, make_containers(config))
@@ -6534,6 +6695,7 @@ class Daemon:
             config=config,
             store=store,
             broker=broker,
+            budgets=budgets,
             repositories=repositories,
             approvals=approvals,
             agents=agents,
@@ -6569,6 +6731,7 @@ class Daemon:
                 services.broker.expire_waits,
                 services.broker.return_late,
                 services.broker.fire_due,
+                services.budgets.begin_day,
                 services.approvals.remind_waiting,
                 services.prechecks.look,
                 services.agents.look,

@@ -249,7 +249,7 @@ def test_the_operators_verbs_are_at_no_agents_socket(crew: Hive, verb: str) -> N
         assert manager.ask(verb, id=1, name="bob")["code"] == "unknown_verb"
 
 
-@pytest.mark.parametrize("verb", hyperhive.AGENT_VERBS.keys() | hyperhive.MANAGER_VERBS.keys())
+@pytest.mark.parametrize("verb", [*hyperhive.AGENT_VERBS, *hyperhive.MANAGER_VERBS])
 def test_unknown_keys_are_refused(crew: Hive, verb: str) -> None:
     with crew.agent("manager") as manager:
         answer = manager.ask(verb, **(WELL_FORMED[verb] | {"surprise": 1}))
@@ -272,6 +272,7 @@ WELL_FORMED: dict[str, dict[str, Any]] = {
     "set_status": {"text": "busy"},
     "report": {},
     "list_agents": {},
+    "page_control": {"do": "pause"},
     "checkout_config": {"agent": "alice"},
     "request_spawn": {"name": "carol", "description": "helps", "config": "{ }"},
     "request_apply_commit": {"agent": "alice", "sha": "0" * 40, "description": "better", "bundle": "QUJD"},

@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -223,6 +225,15 @@ def crash(hive: Hive, looks: Line, name: str) -> None:
     wait_for(lambda: has_crashed in json.dumps(hive.ask(cmd="inbox")), f"news of {name}'s crash")
 
 
+def at_own_page(hive: Hive, name: str, path: str, body: dict[str, Any]) -> None:
+    """What somebody with the link to an agent's page may ask for there."""
+    url = urllib.parse.urlsplit(hive.api("GET", f"/api/agents/{name}").body["agent"]["url"])
+    headers = {"Authorization": "Bearer " + url.fragment.removeprefix("token="), "Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://{url.netloc}{path}", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert answer.status == 200
+
+
 @pytest.mark.needs("git")
 def test_a_harness_makes_every_request_well_and_reads_every_message(hive: Hive, folder: Path) -> None:
     hive.spawn("manager", "alice", "bob")
@@ -234,6 +245,7 @@ def test_a_harness_makes_every_request_well_and_reads_every_message(hive: Hive, 
         steps = [{"tool": name, "input": fields} for name, fields in all_tools(question)]
         hive.ask(cmd="send", to="manager", body=rehearse(*steps))
         wait_for(lambda: "get_logs" in {request["cmd"] for request in ear.requests}, "every tool", timeout_s=60)
+        at_own_page(hive, "manager", "/api/model", {"model": "other"})
         hive.ask(cmd="send", to="manager", body=rehearse({"fail": "rate_limit", "resets_in_s": 3600}))
         wait_for(
             lambda: "nack" in {request["cmd"] for request in ear.requests}, "mail that is given back", timeout_s=30
