@@ -55,6 +55,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import tomllib
@@ -736,6 +737,31 @@ def end_process(child: subprocess.Popen[bytes], *, grace_s: float = 2.0) -> None
     for pipe in (child.stdin, child.stdout, child.stderr):
         if pipe:
             pipe.close()
+
+
+def run_at_terminal(argv: Sequence[str], env: Mapping[str, str], lifeline: socket.socket) -> int:
+    """Lend our terminal to a command until it ends. When the other end of `lifeline` hangs up, it is terminated."""
+    ours = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TERM", "COLORTERM") if key in os.environ}
+    terminal = termios.tcgetattr(0) if os.isatty(0) else None
+    try:
+        child = subprocess.Popen(argv, env={**ours, **env})
+    except OSError as error:
+        raise Refused("internal", f"can't run {argv[0]}: {error.strerror}", "is it installed and on PATH?") from None
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while lifeline.recv(4096):
+                pass
+        child.terminate()
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever has the terminal
+    try:
+        return child.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if terminal:  # a command that was killed leaves it raw
+            termios.tcsetattr(0, termios.TCSADRAIN, terminal)
 
 
 def signal_group(leader: int, number: int) -> None:
@@ -2720,6 +2746,10 @@ class Containers(Protocol):
     def destroy(self, name: str) -> None: ...
     def states(self) -> dict[str, ContainerState]: ...
     def log(self, name: str, lines: int, after: str | None) -> tuple[list[str], str]: ...
+
+    def command(self, name: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+        """How a person at a terminal runs the agent's harness.py with these arguments: argv and environment."""
+
     def leave(self) -> None: ...
 
 
@@ -2836,6 +2866,7 @@ class ProcessContainers:
             "HYPERHIVE_OPERATOR": str(self._config.operator_dir),
             "HYPERHIVE_CLAUDE": self._config.claude,
             "HYPERHIVE_EXTRA_PROMPT": self._config.extra_prompt,
+            "HYPERHIVE_MCP_SERVERS": self._config.mcp_servers,
             **({"HYPERHIVE_REHEARSAL": "1"} if self._config.rehearsal else {}),
         }
 
@@ -2889,6 +2920,9 @@ class ProcessContainers:
         whole = raw[: raw.rfind(b"\n") + 1] if after else raw
         text = whole.decode(errors="replace").splitlines()
         return text[-lines:], str(begin + len(whole))
+
+    def command(self, name: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+        return [sys.executable, str(HERE / "harness.py"), *arguments], self._environment(name)
 
     def leave(self) -> None:
         """The daemon ends: its children end with it, all at once."""
@@ -3338,6 +3372,9 @@ class NixosContainers:
         mark = "-- cursor: "
         cursor = text.pop().removeprefix(mark) if text and text[-1].startswith(mark) else after or ""
         return text, cursor
+
+    def command(self, name: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+        return ["nixos-container", "run", f"h-{name}", "--", "hyperhive-harness", *arguments], {}
 
     def leave(self) -> None:
         """Containers are systemd's: they run on, and their harnesses wait for the next daemon."""
@@ -4926,6 +4963,7 @@ class Notifier:
 #   restart, kill, rebuild, rollback, spawn, request_spawn {name} · destroy {name, purge?}
 #   send {to, body, in_reply_to?, client_id?} → id · inbox {max?, unread?, mark_read?} → messages · answer {id, text}
 #   logs {name, lines?, after?} → lines, cursor · events {name?, after?, max?} → events · deploys {name?} → deploys
+#   attach {name, now?} → argv, env: its loop holds still until this connection ends
 #   schedules → schedules · usage {days?} → usage · backup {path} → path · token {rotate?} → token
 
 SEND_TIMEOUT_S: Final = 30.0
@@ -5778,6 +5816,12 @@ class HostConnection(Connection):
         self._actor = Actor(OPERATOR, f"host.sock, uid {struct.unpack('3i', credentials)[1]}")
         self._s = services
         self._requests = Requests(services)
+        self._at_keyboard_of = ""
+
+    def closed(self) -> None:
+        if self._at_keyboard_of:
+            with contextlib.suppress(Refused):  # the daemon ends, and with it the harness's connection
+                self._s.agents.detach(self._actor, self._at_keyboard_of)
 
     def handle(self, request: Json) -> Json | None:
         verb = request.get("cmd")
@@ -5897,6 +5941,29 @@ class HostConnection(Connection):
         self._s.agents.stop(self._actor, f.name(), graceful=False)
         return {}
 
+    def attach(self, f: Fields) -> Json:
+        """Answered when the agent's loop holds still, which it does until this connection ends, however it ends."""
+        name, now = f.name(), f.flag("now")
+        if self._at_keyboard_of:
+            raise Refused("conflict", f"this connection is attached to {self._at_keyboard_of} already")
+        still = self._s.agents.attach(self._actor, name)
+        self._at_keyboard_of = name
+        if now:
+            self._s.store.write(lambda tx: self._s.broker.control(tx, name, Control.INTERRUPT))
+        while not still.wait(0.1):
+            if self._has_hung_up() or not self._s.agents.connected[name]:
+                raise Refused("conflict", f"{name} went away before its turn ended", "try again when it is back")
+        argv, env = self._s.agents.containers.command(name, "attach")
+        return {"argv": argv, "env": env}
+
+    def _has_hung_up(self) -> bool:
+        try:
+            return not self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def set_paused(self, f: Fields) -> Json:
         name, paused = f.name(), f.flag("paused", default=MISSING)
         self._s.store.write(lambda tx: self._s.broker.pause(tx, self._actor, name, paused=paused))
@@ -5961,6 +6028,7 @@ HOST_VERBS: Final[dict[str, Callable[[HostConnection, Fields], Json | None]]] = 
     "deny": HostConnection.deny,
     "set_paused": HostConnection.set_paused,
     "pause_all": HostConnection.pause_all,
+    "attach": HostConnection.attach,
     "start": HostConnection.start,
     "stop": HostConnection.stop,
     "restart": HostConnection.restart,
@@ -6821,28 +6889,31 @@ ASK_TIMEOUT_S: Final = 60.0
 
 def ask_daemon(config: Config, **request: Any) -> Json:
     """One request at `host.sock`; `Refused` when the daemon says no, or is not there."""
+    with dial(config) as sock:
+        sock.settimeout(ASK_TIMEOUT_S)
+        return ask_on(sock, config, **request)
+
+
+def dial(config: Config) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(str(config.host_socket))
+    except OSError as error:
+        sock.close()
+        raise _no_answer(config, error) from None
+    return sock
+
+
+def ask_on(sock: socket.socket, config: Config, **request: Any) -> Json:
     try:
         question = encode_line(without_none(**request))
     except UnicodeEncodeError:
         raise Refused("usage", "an argument is no UTF-8") from None
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(ASK_TIMEOUT_S)
-        try:
-            sock.connect(str(config.host_socket))
-            sock.sendall(question)
-            line = LineReader(sock, 64 * 1024 * 1024).read()
-        except PermissionError:
-            raise Refused(
-                "forbidden",
-                f"you may not open {config.host_socket}",
-                f"become a member of {config.admin_group}, or root",
-            ) from None
-        except OSError as error:
-            raise Refused(
-                "not_found",
-                f"no hive answers at {config.host_socket}: {error.strerror or error}",
-                "start it with `hyperhive.py serve`, or say where it is with --dir",
-            ) from None
+    try:
+        sock.sendall(question)
+        line = LineReader(sock, 64 * 1024 * 1024).read()
+    except OSError as error:
+        raise _no_answer(config, error) from None
     if line is None:
         raise Refused("internal", "the daemon hung up without an answer")
     answer = parse_object(line, "the daemon's answer")
@@ -6851,6 +6922,17 @@ def ask_daemon(config: Config, **request: Any) -> Json:
             str(answer.get("code", "internal")), str(answer.get("error", "refused")), str(answer.get("hint", ""))
         )
     return {key: value for key, value in answer.items() if key not in ("ok", "version")}
+
+
+def _no_answer(config: Config, error: OSError) -> Refused:
+    if isinstance(error, PermissionError):
+        hint = f"become a member of {config.admin_group}, or root"
+        return Refused("forbidden", f"you may not open {config.host_socket}", hint)
+    return Refused(
+        "not_found",
+        f"no hive answers at {config.host_socket}: {error.strerror or error}",
+        "start it with `hyperhive.py serve`, or say where it is with --dir",
+    )
 
 
 def visible(text: object) -> str:
@@ -7084,6 +7166,16 @@ def cli_pause(cli: Cli) -> None:
     cli.done(answer, f"{cli.args.verb}d {cli.args.name or 'everyone'}")
 
 
+def cli_attach(cli: Cli) -> None:
+    name = check_name(cli.args.name)
+    with dial(cli.config) as line:
+        if not cli.args.now:
+            print(f"Waiting for {name} to end its turn, if it is in one; --now interrupts it.", file=sys.stderr)
+        place = ask_on(line, cli.config, cmd="attach", name=name, now=cli.args.now)
+        status = run_at_terminal(place["argv"], place["env"], line)
+    cli.done({"status": status}, f"{name} goes on by itself.")
+
+
 def cli_destroy(cli: Cli) -> None:
     name = check_name(cli.args.name)
     if not cli.args.yes:
@@ -7315,6 +7407,7 @@ def add_hive_verbs(verb: Callable[..., None]) -> None:
 def add_agent_verbs(verb: Callable[..., None]) -> None:
     names: Argument = ("names", {"metavar": "NAME", "nargs": "+", "help": "agents"})
     now: Argument = ("--now", {"action": "store_true", "help": "don't wait for the turn"})
+    interrupt: Argument = ("--now", {"action": "store_true", "help": "interrupt its turn, instead of waiting"})
     everyone: Argument = ("--all", {"action": "store_true", "help": "every agent"})
     purge: Argument = ("--purge", {"action": "store_true", "help": "wipe notes, sign-in, config and mail, too"})
     yes: Argument = ("--yes", {"action": "store_true", "help": "don't ask"})
@@ -7329,6 +7422,7 @@ def add_agent_verbs(verb: Callable[..., None]) -> None:
     verb("restart", cli_restart, "restart an agent", AN_AGENT)
     verb("pause", cli_pause, "give an agent no more mail", AN_AGENT_OR_NONE, everyone)
     verb("resume", cli_pause, "the reverse of pause", AN_AGENT_OR_NONE, everyone)
+    verb("attach", cli_attach, "talk to an agent's Claude yourself, on its session", AN_AGENT, interrupt)
     verb("destroy", cli_destroy, "remove an agent", AN_AGENT, purge, yes)
     verb("logs", cli_logs, "what an agent's harness logged", AN_AGENT, LINES, FOLLOW)
     verb("events", cli_events, "what agents do, event by event", AN_AGENT_OR_NONE, LINES, FOLLOW)
