@@ -2060,6 +2060,7 @@ def git(
         "protocol.allow": "never",
         "protocol.file.allow": "always",
         "fetch.fsckObjects": "true",
+        "core.bigFileThreshold": "16m",  # larger ones are not read into memory: a small bundle can unpack to gigabytes
         "safe.directory": "*",
     }
     argv = [program, *(part for key, value in settings.items() for part in ("-c", f"{key}={value}")), *arguments]
