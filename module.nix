@@ -312,6 +312,9 @@ let
       };
       serviceConfig = {
         ExecStart = "${cfg.package}/bin/hyperhive-harness run";
+        # To the console, too: that is the log of the container's unit on the host, which `hyperhive logs` shows.
+        StandardOutput = "journal+console";
+        StandardError = "journal+console";
         EnvironmentFile = environmentFile;
         WorkingDirectory = "/state";
         Restart = "always";
