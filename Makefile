@@ -1,9 +1,10 @@
-# Everything that is installed goes into .venv and tests/node_modules; `make clean` takes it away again.
+# Everything that is installed goes into .venv and tests/node_modules, and a Debian for tests/hostbox.py into /var/cache;
+# `make clean` takes it away again.
 # As root on Debian, missing system packages are installed too: python3-venv, and what the tests run.
 
 PYTHON ?= python3
 # Programs that the tests run, and after = the Debian package where its name is another.
-TOOLS  := chromium git nix-instantiate=nix-bin npm strace systemd-nspawn=systemd-container
+TOOLS  := chromium debootstrap git nix-instantiate=nix-bin npm strace systemd-nspawn=systemd-container
 
 PIP  := .venv/bin/python -m pip --disable-pip-version-check --quiet install
 # The pins of pyproject.toml: those of the run time, or with the word `test` those of the tests.
@@ -35,7 +36,7 @@ lint: .venv/test ## ruff and mypy
 	@.venv/bin/python -m mypy
 
 clean: ## removes all that these commands made
-	rm -rf .venv tests/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv tests/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis /var/cache/hyperhive-hostbox
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Three stamps. `made` is missing while something is being installed, so that what breaks off is begun afresh:

@@ -1,0 +1,288 @@
+"""The hive as a service of a machine: a Debian with systemd, Nix and real containers, in a box. See hostbox.py.
+
+All tests share one box, in which manager, alice and bob run. A test leaves them running; configs may differ.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hostbox import Box
+
+pytestmark = [
+    pytest.mark.needs("debootstrap", "systemd-nspawn", "nsenter"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for containers"),
+    pytest.mark.timeout(900),  # the first test of all waits for debootstrap
+]
+
+CREW = ("manager", "alice", "bob")
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[Box]:
+    with Box() as running:
+        for name in CREW[1:]:
+            spawned(running, name)
+        are_idle(running, *CREW)
+        yield running
+
+
+# ── what the tests do again and again ──
+
+
+def spawned(box: Box, name: str) -> None:
+    answer = box.ask(cmd="spawn", name=name)
+    assert answer["ok"], answer
+
+
+def row(box: Box, name: str) -> dict[str, Any]:
+    return next((one for one in box.ask(cmd="agents")["agents"] if one["name"] == name), {})
+
+
+def are_idle(box: Box, *names: str) -> None:
+    """Their harnesses have said hello, and their mail is done."""
+    box.wait_for(lambda: all(row(box, name).get("state") == "idle" for name in names), f"{names} to be idle")
+
+
+def leader(box: Box, name: str) -> str:
+    """Changes when a container is started again."""
+    return box.run("machinectl", "show", f"h-{name}", "--property=Leader", "--value").strip()
+
+
+def inside(box: Box, name: str, *argv: str, stdin: str = "") -> str:
+    """A program in an agent's container, as its root."""
+    enter = ("nsenter", "--target", leader(box, name), "--all", "--wdns=/")
+    return box.run(*enter, "env", "-i", "HOME=/root", "PATH=/run/current-system/sw/bin:/usr/bin", *argv, stdin=stdin)
+
+
+def tool(box: Box, tool: str, **arguments: Any) -> dict[str, Any]:
+    """One of the manager's tools, as Claude would use it: in the container, through the harness."""
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool, "arguments": arguments}}
+    answer = json.loads(inside(box, "manager", "hyperhive-harness", "mcp", stdin=json.dumps(call) + "\n"))
+    (content,) = answer["result"]["content"]
+    assert not answer["result"].get("isError"), content
+    return json.loads(content["text"])
+
+
+def commit(box: Box, name: str, config: str) -> str:
+    """A commit in the manager's checkout of an agent's config."""
+    script = f"cd /state/configs/{name}; cat > agent.nix; git commit --quiet --all --message=change; git rev-parse HEAD"
+    return inside(box, "manager", "sh", "-euc", script, stdin=config).strip()
+
+
+def proposal(box: Box, name: str, config: str) -> int:
+    """The manager's request for this config."""
+    tool(box, "checkout_config", agent=name)
+    sha = commit(box, name, config)
+    return int(tool(box, "request_apply_commit", agent=name, sha=sha, description="a change")["id"])
+
+
+def approved(box: Box, approval: int) -> int:
+    answer = box.ask(cmd="approve", id=approval)
+    assert answer["ok"], answer
+    return int(box.ask(cmd="show", id=approval)["approval"]["deploy_id"])
+
+
+def ended(box: Box, deploy: int) -> dict[str, Any]:
+    def look() -> Any:
+        (found,) = box.ask(cmd="deploys", id=deploy)["deploys"]
+        return found if found["phase"] in ("deployed", "failed") else None
+
+    return box.wait_for(look, f"the end of deploy {deploy}", timeout_s=60)
+
+
+def painted(colour: str, more: str = "") -> str:
+    """A config by which a container is known."""
+    return f'{{ pkgs, ... }}:\n{{\n  services.hyperhive.harness.environment.COLOUR = "{colour}";\n  {more}\n}}\n'
+
+
+def colour(box: Box, name: str) -> str:
+    """Of the harness that runs."""
+    script = "tr '\\0' '\\n' < /proc/$(systemctl show hyperhive-harness --property=MainPID --value)/environ"
+    found = re.search(r"^COLOUR=(.*)$", inside(box, name, "sh", "-euc", script), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def built_by(script: str) -> str:
+    """A line for a config: a package that this script builds."""
+    return f"""environment.systemPackages = [ (derivation {{
+      name = "trial"; system = pkgs.stdenv.hostPlatform.system; PATH = "/usr/bin";
+      builder = "/bin/sh"; args = [ "-euc" ''{script}'' ];
+    }}) ];"""
+
+
+# ── agents ──
+
+
+def test_an_agent_has_what_it_needs_and_no_more(box: Box) -> None:
+    for place in ("/state", "/shared", "/root/.claude"):
+        inside(box, "alice", "touch", f"{place}/trial")
+    for place in ("/run/hive", "/operator"):
+        with pytest.raises(AssertionError, match="Read-only file system"):
+            inside(box, "alice", "touch", f"{place}/trial")
+    with pytest.raises(AssertionError, match="Operation not permitted"):
+        inside(box, "alice", "python3", "-c", "import socket; socket.socket(socket.AF_PACKET, socket.SOCK_RAW)")
+    url, _, token = row(box, "alice")["url"].partition("#token=")
+    page = box.run("curl", "--silent", "--fail", "--header", f"Authorization: Bearer {token}", f"{url}api/state")
+    assert json.loads(page)["agent"]["name"] == "alice"
+
+
+def test_root_in_a_container_is_nobody_outside(box: Box) -> None:
+    """`privateUsers = "pick"`: and yet what it writes belongs to root, by idmapped binds."""
+    assert "PRIVATE_USERS=pick" in (box.root / "etc/nixos-containers/h-bob.conf").read_text()
+    assert int(box.run("stat", "--format=%u", f"/proc/{leader(box, 'bob')}")) >= 65536
+    inside(box, "bob", "touch", "/state/mine")
+    assert (box.root / "var/lib/hyperhive/agents/bob/state/mine").stat().st_uid == 0
+
+
+def test_mail_becomes_a_turn(box: Box) -> None:
+    """Claude, here the rehearsal, is started by the harness of the unit and has the programs of its config."""
+    step = {"tool": "Bash", "input": {"command": "command -v git; pwd"}}
+    sent = box.ask(cmd="send", to="alice", body=f"rehearse: {json.dumps([step])}")
+    assert sent["ok"], sent
+
+    def results() -> list[str]:
+        events = box.ask(cmd="events", name="alice")["events"]
+        return [event["data"]["output"] for event in events if event["kind"] == "tool_result"]
+
+    box.wait_for(results, "what the tool said")
+    assert results() == ["/run/current-system/sw/bin/git\n/state"]
+    are_idle(box, "alice")
+
+
+def test_logs_are_the_harness_own(box: Box) -> None:
+    assert "page on http://127.0.0.1:" in box.run("hyperhive", "logs", "alice")
+
+
+def test_a_spawn_that_was_asked_for_becomes_a_container(box: Box) -> None:
+    approval = int(tool(box, "request_spawn", name="carol", description="a helper", config=painted("white"))["id"])
+    assert row(box, "carol") == {}
+    assert ended(box, approved(box, approval))["phase"] == "deployed"
+    are_idle(box, "carol")
+    assert colour(box, "carol") == "white"
+    assert box.unit("container@h-carol", "Type", "ActiveState") == {"Type": "notify", "ActiveState": "active"}
+    assert box.ask(cmd="destroy", name="carol", purge=True)["ok"]
+    places = ["etc/nixos-containers", "var/lib/nixos-containers", "nix/var/nix/profiles/per-container"]
+    places += ["nix/var/nix/gcroots/per-container", "var/lib/hyperhive/agents", "var/lib/hyperhive/deploy"]
+    assert [path for place in places for path in (box.root / place).glob("*carol*")] == []
+    assert not box.try_run("sh", "-c", "ls -d /run/systemd/system/*carol* /run/hyperhive/agents/carol")
+
+
+# ── deploys ──
+
+
+def test_what_does_not_build_changes_nothing(box: Box) -> None:
+    before, sha = leader(box, "alice"), row(box, "alice")["deployed_sha"]
+    approval = proposal(box, "alice", painted("red", built_by("echo the shelf is empty; exit 1")))
+    deploy = ended(box, approved(box, approval))
+    assert deploy["phase"] == "failed"
+    shown = box.ask(cmd="show", id=approval)["approval"]
+    assert shown["status"] == "failed" and "the shelf is empty" in shown["error"]
+    assert (leader(box, "alice"), row(box, "alice")["deployed_sha"]) == (before, sha)
+    assert colour(box, "alice") != "red"
+
+
+def test_a_change_and_back(box: Box) -> None:
+    for wanted in ("green", "blue"):
+        assert ended(box, approved(box, proposal(box, "alice", painted(wanted))))["phase"] == "deployed"
+        assert colour(box, "alice") == wanted
+    assert ended(box, box.ask(cmd="rollback", name="alice")["deploy"])["phase"] == "deployed"
+    assert colour(box, "alice") == "green"
+    are_idle(box, "alice")
+
+
+def test_two_deploys_at_once(box: Box) -> None:
+    slow = built_by("echo building; sleep 2; mkdir $out")
+    approvals = [proposal(box, name, painted(f"{name}s", slow)) for name in ("alice", "bob")]
+    deploys = [ended(box, deploy) for deploy in [approved(box, approval) for approval in approvals]]
+    assert [deploy["phase"] for deploy in deploys] == ["deployed", "deployed"]
+    assert max(deploy["started_at"] for deploy in deploys) < min(deploy["ended_at"] for deploy in deploys)
+    assert (colour(box, "alice"), colour(box, "bob")) == ("alices", "bobs")
+    assert list((box.root / "var/lib/hyperhive/deploy").rglob(".tmp")) == []
+    are_idle(box, "alice", "bob")
+
+
+def test_what_was_shown_is_built_whatever_becomes_of_the_checkout(box: Box) -> None:
+    approval = proposal(box, "bob", painted("grey"))
+    commit(box, "bob", painted("black"))
+    inside(box, "manager", "sh", "-euc", "cd /state/configs/bob && git branch --force hive/main main")
+    deploy = ended(box, approved(box, approval))
+    assert deploy["phase"] == "deployed"
+    assert colour(box, "bob") == "grey"
+    inside(box, "manager", "rm", "-r", "/state/configs/bob")
+    assert ended(box, box.ask(cmd="rebuild", name="bob")["deploy"])["phase"] == "deployed"
+    assert colour(box, "bob") == "grey"
+    are_idle(box, "bob")
+
+
+# ── the service ──
+
+
+def bind_source(box: Box, name: str) -> int:
+    return box.path(f"/run/hyperhive/agents/{name}").stat().st_ino
+
+
+def test_the_unit_is_understood_and_ready(box: Box) -> None:
+    assert box.unit("hyperhive", "Type", "ActiveState", "WatchdogUSec", "StatusText") == {
+        "Type": "notify",
+        "ActiveState": "active",
+        "WatchdogUSec": "1min",
+        "StatusText": "serving http://127.0.0.1:7000/",
+    }
+    assert box.run("systemd-analyze", "verify", "hyperhive.service") == ""
+
+
+def test_a_restart_disturbs_nobody(box: Box) -> None:
+    before = [(leader(box, name), bind_source(box, name)) for name in CREW]
+    box.run("systemctl", "stop", "hyperhive")
+    assert [(leader(box, name), bind_source(box, name)) for name in CREW] == before
+    box.run("systemctl", "start", "hyperhive")
+    are_idle(box, *CREW)
+    assert [(leader(box, name), bind_source(box, name)) for name in CREW] == before
+    assert ended(box, box.ask(cmd="rebuild", name="alice")["deploy"])["phase"] == "deployed"
+    are_idle(box, "alice")
+
+
+def test_without_runtime_directory_preserve_a_restart_cuts_them_off(box: Box) -> None:
+    """Why the line is there: the folders that are bound into running containers would be gone."""
+    before = bind_source(box, "alice")
+    box.drop_in("RuntimeDirectoryPreserve=no")
+    box.run("systemctl", "restart", "hyperhive")
+    assert bind_source(box, "alice") != before
+    assert inside(box, "alice", "ls", "/run/hive") == ""
+    box.drop_in("")
+    for name in CREW:
+        assert box.ask(cmd="restart", name=name)["ok"]
+    are_idle(box, *CREW)
+
+
+def test_a_daemon_that_hangs_is_killed_and_comes_back(box: Box) -> None:
+    before = leader(box, "alice")
+    box.drop_in("WatchdogSec=2\nTimeoutAbortSec=1")
+    box.run("systemctl", "restart", "hyperhive")
+    time.sleep(3)  # it lives longer than that, if it may
+    assert box.unit("hyperhive", "NRestarts")["NRestarts"] == "0"
+    box.run("systemctl", "kill", "--kill-whom=main", "--signal=STOP", "hyperhive")
+    box.wait_for(lambda: box.unit("hyperhive", "NRestarts")["NRestarts"] != "0", "the watchdog")
+    box.wait_for(lambda: box.unit("hyperhive", "ActiveState")["ActiveState"] == "active", "the service to be back")
+    assert "Watchdog timeout" in box.journal("hyperhive")
+    assert box.unit("hyperhive", "NRestarts")["NRestarts"] == "1"
+    are_idle(box, *CREW)
+    assert leader(box, "alice") == before
+    box.drop_in("")
+    box.run("systemctl", "restart", "hyperhive")
+    are_idle(box, *CREW)
+
+
+def test_after_a_reboot_run_those_that_ran(box: Box) -> None:
+    assert box.ask(cmd="stop", scope={"agent_names": ["bob"]}, graceful=True)["ok"]
+    box.reboot()
+    are_idle(box, "manager", "alice")
+    assert row(box, "bob")["state"] == "stopped"
+    assert "bob" not in box.run("machinectl", "list")
+    assert box.ask(cmd="start", scope={"agent_names": ["bob"]})["ok"]
+    are_idle(box, *CREW)
