@@ -698,32 +698,55 @@ def run(
     max_bytes: int = 16 * 1024 * 1024,
 ) -> Finished:
     """Run a command to its end. `Refused` names it when it is missing, fails, hangs or says too much."""
-    shown = shlex.join(argv)
+    shown, deadline = shlex.join(argv), time.monotonic() + timeout_s
     log.debug("run: %s", shown)
+    with tempfile.TemporaryFile() as given:
+        given.write(stdin or b"")
+        given.seek(0)
+        try:
+            child = subprocess.Popen(
+                argv,
+                env=dict(env),
+                cwd=cwd,
+                stdin=given,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            hint = "is it installed and on PATH?"
+            raise Refused("internal", f"can't run {argv[0]}: {error.strerror}", hint) from None
     try:
-        child = subprocess.Popen(
-            argv,
-            env=dict(env),
-            cwd=cwd,
-            stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise Refused("internal", f"can't run {argv[0]}: {error.strerror}", "is it installed and on PATH?") from None
-    try:
-        stdout, stderr = child.communicate(stdin, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
+        stdout, stderr = read_output(child, argv[0], max_bytes, deadline)
+        child.wait(max(0.0, deadline - time.monotonic()))
+    except (TimeoutError, subprocess.TimeoutExpired):
         raise Refused("internal", f"{shown} did not end within {timeout_s:g} s") from None
     finally:
         end_process(child)
-    if len(stdout) > max_bytes:
-        raise Refused("too_large", f"{argv[0]} printed more than {max_bytes} bytes")
     if child.returncode not in accept:
         tail = stderr.decode(errors="replace").strip()[-600:]
         raise Refused("internal", f"{shown} failed with status {child.returncode}: {tail}")
     return Finished(child.returncode, stdout, stderr)
+
+
+def read_output(child: subprocess.Popen[bytes], name: str, most: int, deadline: float) -> tuple[bytes, bytes]:
+    """What it prints until it closes both pipes. `Refused` at once when that is too much: memory is ours."""
+    printed = {child.stdout: bytearray(), child.stderr: bytearray()}
+    with selectors.DefaultSelector() as selector:
+        for pipe in (child.stdout, child.stderr):
+            selector.register(typing.cast(typing.IO[bytes], pipe), selectors.EVENT_READ, printed[pipe])
+        while selector.get_map():
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            for key, _ in ready:
+                chunk = os.read(key.fd, 65536)
+                key.data.extend(chunk)
+                if not chunk:
+                    selector.unregister(key.fileobj)
+                elif len(key.data) > most:
+                    raise Refused("too_large", f"{name} printed more than {most} bytes")
+    return bytes(printed[child.stdout]), bytes(printed[child.stderr])
 
 
 def end_process(child: subprocess.Popen[bytes], *, grace_s: float = 2.0) -> None:
@@ -2185,9 +2208,16 @@ class Repositories:
             raise Refused("bad_config", f"the commit {sha} is not in the bundle", "commit first, then ask")
         if not git("for-each-ref", f"--contains={sha}", "refs/proposed", cwd=folder):
             raise Refused("bad_config", f"the commit {sha} is not in the bundle", "bundle the commit that you ask for")
-        listing = git("ls-tree", "-r", "-t", "-l", "-z", "--full-tree", sha, cwd=folder)
+        most = self._config.limits.config_files
+        try:
+            listing = git("ls-tree", "-r", "-t", "-l", "-z", "--full-tree", sha, cwd=folder)
+        except Refused as error:
+            if error.code != "too_large":
+                raise
+            # Trees may hold the same tree many times over: a few objects can unfold to millions of files.
+            raise Refused("bad_config", f"the config has far too many files; at most {most} are allowed") from None
         entries = [entry for entry in listing.split(b"\0") if entry]
-        files, most = sum(not entry.startswith(b"040000 ") for entry in entries), self._config.limits.config_files
+        files = sum(not entry.startswith(b"040000 ") for entry in entries)
         if files > most:
             raise Refused("bad_config", f"the config has {files} files; at most {most} are allowed")
         paths = [self._check_entry(entry) for entry in entries]
