@@ -4806,7 +4806,6 @@ class Hub:
     def _begin_with(self, stream: Stream, frame: bytes) -> bytes:
         if stream.dialect == "status":
             return b""
-        stream.allowed = BACKLOG_BYTES + 2 * len(frame)
         return frame
 
     def _welcome(self) -> None:
@@ -4841,6 +4840,7 @@ class Hub:
         if not frame:
             return
         stream.outbox += frame if stream.dialect == "status" else b"%x\r\n%s\r\n" % (len(frame), frame)
+        stream.allowed = max(stream.allowed, BACKLOG_BYTES + 2 * len(frame))  # one large frame makes no slow reader
         if len(stream.outbox) > stream.allowed:
             log.info("dropping a live stream whose reader is too slow")
             self._drop(stream)
