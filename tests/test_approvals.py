@@ -438,6 +438,14 @@ def nested(source: Source, path: str) -> str:
     return source.commit(source.tree_of({"agent.nix": b"{ }\n", path: b"{ }\n"}))
 
 
+def unfolding(source: Source) -> str:
+    """A few small trees that hold the one below ten times over: a thousand million files."""
+    tree = source.tree_of({"agent.nix": b"{ }\n"})
+    for _ in range(9):
+        tree = source.tree(f"100644 blob {source.blob()}\tagent.nix", *(f"040000 tree {tree}\tt{n}" for n in range(10)))
+    return source.commit(tree)
+
+
 REFUSED: dict[str, tuple[Callable[[Source], str], str]] = {
     "a link": (
         lambda s: s.commit(s.tree(f"100644 blob {s.blob()}\tagent.nix", f"120000 blob {s.blob(b'/etc')}\tetc")),
@@ -460,6 +468,7 @@ REFUSED: dict[str, tuple[Callable[[Source], str], str]] = {
     "agent.nix a folder": (lambda s: s.commit(s.tree_of({"agent.nix/default.nix": b"{ }\n"})), "no agent.nix"),
     "an empty tree": (lambda s: s.commit(s.tree()), "no agent.nix"),
     "257 files": (lambda s: fine(s, **{f"f{n}": b"" for n in range(256)}), "257 files"),
+    "a thousand million files": (unfolding, "far too many files"),
     "a large file": (lambda s: fine(s, large=b"x" * (MIB + 1)), str(MIB + 1)),
     "a tree with a file twice": (
         lambda s: s.commit(raw(s, "tree", entry(s, "100644", "agent.nix") * 2)), "duplicate",
