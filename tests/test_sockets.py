@@ -103,9 +103,10 @@ def test_each_verb_answers_with_its_key(crew: Hive, folder: Path) -> None:
         assert answer["ok"] is True and answer["version"] == 1, (request, answer)
         assert answer.keys() == keys | plain, request
         assert not nulls_in(answer), request
+    wait_for(lambda: crew.ask(cmd="attach", name=name).keys() == {"argv", "env"} | plain, f"{name} to be connected")
     wait_for(lambda: crew.ask(cmd="destroy", name=name, purge=True)["ok"], f"{name} to be deployed and destroyed")
     assert crew.ask(cmd="rollback", name="alice")["code"] == "not_found"  # nothing earlier to go back to
-    tried = {request["cmd"] for request, _ in once} | {"destroy", "rollback", "subscribe_agent_status"}
+    tried = {request["cmd"] for request, _ in once} | {"attach", "destroy", "rollback", "subscribe_agent_status"}
     assert tried == hyperhive.HOST_VERBS.keys()
 
 

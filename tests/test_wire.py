@@ -74,7 +74,7 @@ class Ear(threading.Thread):
 
     def __init__(self, here: Path, there: Path) -> None:
         super().__init__(name="ear")
-        self.there = there
+        self.here, self.there = here, there
         self.requests: list[dict[str, Any]] = []
         self.answers: list[dict[str, Any]] = []
         self.partial: dict[socket.socket, bytes] = {}
@@ -121,6 +121,7 @@ class Ear(threading.Thread):
         for key in list(self.selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
         self.selector.close()
+        self.here.unlink()
 
 
 @contextmanager
@@ -151,7 +152,6 @@ def listened_to(hive: Hive, name: str, folder: Path) -> Iterator[Ear]:
             finally:
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(timeout=15) == 0
-    (door / "hive.sock").unlink()
 
 
 def rehearse(*steps: Any) -> str:
