@@ -1428,7 +1428,7 @@ class Journal(threading.Thread):
         self._news = threading.Condition()
         self._dirty = False
         self._sent: int | None = None  # highest event the host has; unknown while there is no connection
-        self._state: Json | None = None
+        self._states: collections.deque[Json] = collections.deque(maxlen=100)  # each transition is told
         self._usage: collections.deque[Json] = collections.deque(maxlen=1000)
         self._history: collections.deque[list[Json]] = collections.deque(maxlen=100)
         self._unsent: Json = {}
@@ -1450,7 +1450,10 @@ class Journal(threading.Thread):
         self._wake()
 
     def state(self, state: Json, row: Json) -> None:
-        self._state = state
+        with self._news:
+            if self._states and self._states[-1]["state"] == state["state"]:
+                self._states.pop()
+            self._states.append(state)
         self.feed.publish({"kind": "agent", "row": row})
         self._wake()
 
@@ -1459,6 +1462,9 @@ class Journal(threading.Thread):
         self._wake()
 
     def connected(self, last_event: int) -> None:
+        with self._news:
+            while len(self._states) > 1:  # what was meanwhile is in the events
+                self._states.popleft()
         self._sent = max(last_event, self.store.last_id() - REPORT_BACKLOG)
         self._wake()
 
@@ -1521,7 +1527,8 @@ class Journal(threading.Thread):
         elif self._partial is not None:
             events = [self._partial_event()]
             self._partial = None
-        state, self._state = self._state, None
+        with self._news:
+            state = self._states.popleft() if self._states else None
         return given(events=events or None, state=state, usage=self._usage.popleft() if self._usage else None)
 
 
@@ -2660,6 +2667,7 @@ HTTP_STATUS: Final = {
     "too_many_tries": 429,
     "wrong_host": 421,
     "wrong_origin": 403,
+    "forbidden": 403,
     "not_found": 404,
     "not_json": 415,
     "too_long": 413,
@@ -2967,7 +2975,7 @@ class PageThread(threading.Thread):
 # A stand-in for the `claude` command: same options, same stream, same control protocol, no account and no
 # network. What it says is a script, and it says so. It plays the story of the demo, and tests steer it by a
 # line `rehearse: [steps]` in a message. A step is one of {"text"}, {"thinking"}, {"tool", "input"}, {"sleep"},
-# {"fail": class, "resets_in_s"?}, {"cost"}, {"die"}, {"garbage"}, {"hang"}.
+# {"fail": class, "resets_in_s"?}, {"cost"}, {"pictures": [{"media_type", "data"}]}, {"die"}, {"garbage"}, {"hang"}.
 
 REHEARSAL_FAILURES: Final[Mapping[str, tuple[int | None, str]]] = {
     "authentication_failed": (401, "completed"),
@@ -3313,6 +3321,8 @@ class Rehearsal:
                 self._fail(failure, step.get("resets_in_s"))
             case {"die": _}:
                 os._exit(7)
+            case {"pictures": list(sources)}:
+                self._show_pictures(sources)
             case {"garbage": _}:
                 print("this is not a line of the protocol", flush=True)
             case {"hang": _}:
@@ -3356,6 +3366,12 @@ class Rehearsal:
         self._emit(type="user", message=message, parent_tool_use_id=None, tool_use_result=output)
         self._pause(0.3)
         return str(output)
+
+    def _show_pictures(self, sources: list[Json]) -> None:
+        images = [{"type": "image", "source": {"type": "base64", **source}} for source in sources]
+        block = {"type": "tool_result", "tool_use_id": f"toolu_{uuid.uuid4().hex[:16]}", "content": images}
+        message = {"role": "user", "content": [block]}
+        self._emit(type="user", message=message, parent_tool_use_id=None, tool_use_result={})
 
     def _run_shell(self, command: str) -> tuple[str, bool]:
         child = subprocess.Popen(
