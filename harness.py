@@ -1819,7 +1819,7 @@ class Agent:
 
     def _refresh(self) -> None:
         """Reports again what is not part of the state machine: status text, model, connection."""
-        self._announce(self._standing, force=True)
+        self._announce(self._current_standing(), force=True)
 
     # For tools, which run on threads of their own
 
