@@ -216,7 +216,7 @@ def test_the_story_with_the_real_claude(folder: Path, monkeypatch: pytest.Monkey
             says = calls("send", to="operator", body=text)
             hive.ask(cmd="send", to="alice", body=f"Please say {text}. {script(says, {'text': 'Said.'})}")
             wait_for(lambda: text in letters(hive, "alice"), f"{text!r} in the inbox", timeout_s=60)
-            wait_for(lambda: events(hive, "alice", "turn_end") == len(letters(hive, "alice")), "the end of the turn")
+            wait_for(lambda: turns_done(hive, "alice") == len(letters(hive, "alice")), "the end of the turn")
             return claude_of(hive, "alice")
 
         first = turn("hello")
@@ -235,5 +235,6 @@ def test_the_story_with_the_real_claude(folder: Path, monkeypatch: pytest.Monkey
         assert all(row["cost_usd"] > 0 for row in spent) and {row["agent"] for row in spent} == {"manager", "alice"}
 
 
-def events(hive: Hive, name: str, kind: str) -> int:
-    return sum(row["kind"] == kind for row in hive.ask(cmd="events", name=name, max=2000)["events"])
+def turns_done(hive: Hive, name: str) -> int:
+    events = hive.ask(cmd="events", name=name, max=2000)["events"]
+    return sum(row["kind"] == "turn_end" and row["data"]["outcome"] == "done" for row in events)
