@@ -23,8 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -111,12 +110,10 @@ Delegate=yes
 DevicePolicy=closed
 """
 
-# In a control group of its own, again and again: with this status nspawn says that the box wants to boot again.
-RUNNER = """\
-echo $$ > "$0/cgroup.procs"
-while "$@"; [ $? = 133 ]; do :; done
-"""
-WITH_US = ("setpriv", "--pdeathsig", "KILL")  # what ends this process ends that one
+# What runs a box. It has processes of its own, of which this is the first: when it ends, so do they all, and it ends
+# with the process that began it. With status 133 nspawn says that the box wants to boot again.
+RUNNER = ["setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-uc"]
+RUNNER.append('echo 0 > "$0/cgroup.procs"; while "$@"; [ $? = 133 ]; do :; done')
 
 # Files of the box: a text, or what a link points at.
 FILES = {
@@ -164,6 +161,7 @@ def remove_leftovers(*, but: Path) -> None:
         owner = path.name.rpartition("-")[2]
         is_used = path.name.startswith("box-") and owner.isdecimal() and psutil.pid_exists(int(owner))
         if path.is_dir() and path != but and not is_used:
+            remove_traces(path.name)
             shutil.rmtree(path)
 
 
@@ -205,8 +203,9 @@ class Box:
         folder.mkdir()
         subprocess.run(["cp", "-a", prepared / "base", self.root], check=True)
         lay_out(self.root)
-        self._closers.callback(remove_folder, Path("/run/systemd/nspawn/propagate") / folder.name)
-        self._group = self._closers.enter_context(control_group(f"hyperhive-{folder.name}"))
+        self._closers.callback(remove_traces, folder.name)
+        self._group = control_group(folder.name)
+        self._group.mkdir()
         self._closers.callback(self._end)
         self._boot()
         self.switch()
@@ -219,7 +218,7 @@ class Box:
         ]
         with self._console.open("ab") as console:
             self._runner = subprocess.Popen(
-                [*WITH_US, "sh", "-uc", RUNNER, str(self._group), *WITH_US, *command],
+                [*RUNNER, str(self._group), *command],
                 env=outer_environment(SYSTEMD_NSPAWN_UNIFIED_HIERARCHY="1"),
                 stdin=subprocess.DEVNULL, stdout=console, stderr=console,
             )  # fmt: skip
@@ -236,7 +235,7 @@ class Box:
         for process in psutil.Process(self._runner.pid).children(recursive=True):
             with suppress(OSError):
                 status = Path(f"/proc/{process.pid}/status").read_text()
-                if process.pid != but and re.search(r"^NSpid:\t\d+\t1$", status, re.MULTILINE):
+                if process.pid != but and re.search(r"^NSpid:\t\d+\t\d+\t1$", status, re.MULTILINE):
                     return process.pid
         return 0
 
@@ -352,23 +351,23 @@ def copy(source: Path, target: Path) -> None:
         shutil.copy(source, target)
 
 
-@contextmanager
-def control_group(name: str) -> Iterator[Path]:
-    """A control group beside those of other systemd-nspawns: each takes what is below its own for itself."""
+def control_group(box: str) -> Path:
+    """One beside those of other systemd-nspawns: each takes what is below its own for itself."""
     mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     mount = next(Path(fields[4]) for fields in mounts if "cgroup2" in fields[fields.index("-") :])
     own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-    group = mount / own.lstrip("/") / name
-    group.mkdir()
-    try:
-        yield group
-    finally:
-        for folder, _, _ in os.walk(group, topdown=False):
-            wait_for(lambda folder=folder: remove_folder(Path(folder)), f"the end of what ran in {folder}")
+    return mount / own.lstrip("/") / f"hyperhive-{box}"
+
+
+def remove_traces(box: str) -> None:
+    """What nspawn leaves behind: control groups and, where /run is no tmpfs, an empty folder."""
+    for folder, _, _ in os.walk(control_group(box), topdown=False):
+        wait_for(lambda folder=folder: remove_folder(Path(folder)), f"the end of what ran in {folder}")
+    remove_folder(Path("/run/systemd/nspawn/propagate") / box)
 
 
 def remove_folder(path: Path) -> bool:
-    """Whether this empty folder is gone. nspawn leaves one where /run is no tmpfs."""
+    """Whether it is gone, which it can be if it is empty."""
     with suppress(OSError):
         path.rmdir()
     return not path.exists()

@@ -139,6 +139,18 @@ def test_root_in_a_container_is_nobody_outside(box: Box) -> None:
     assert (box.root / "var/lib/hyperhive/agents/bob/state/mine").stat().st_uid == 0
 
 
+def test_a_container_has_limits_and_systemd_leaves_its_crashes_to_the_hive(box: Box) -> None:
+    limits = box.unit("container@h-bob", "Restart", "MemoryMax", "CPUQuotaPerSecUSec", "TasksMax")
+    assert limits == {"Restart": "no", "MemoryMax": str(4 << 30), "CPUQuotaPerSecUSec": "2s", "TasksMax": "4096"}
+    before = leader(box, "bob")
+    box.run("sh", "-c", f"kill -KILL {before}")
+    box.wait_for(
+        lambda: [m for m in box.ask(cmd="inbox")["messages"] if m.get("kind") == "container_crash"], "the news"
+    )
+    are_idle(box, "bob")
+    assert leader(box, "bob") != before
+
+
 def test_mail_becomes_a_turn(box: Box) -> None:
     """Claude, here the rehearsal, is started by the harness of the unit and has the programs of its config."""
     step = {"tool": "Bash", "input": {"command": "command -v git; pwd"}}
@@ -196,7 +208,7 @@ def test_a_change_and_back(box: Box) -> None:
 
 
 def test_two_deploys_at_once(box: Box) -> None:
-    slow = built_by("echo building; sleep 2; mkdir $out")
+    slow = built_by("echo building; sleep 1; mkdir $out")
     approvals = [proposal(box, name, painted(f"{name}s", slow)) for name in ("alice", "bob")]
     deploys = [ended(box, deploy) for deploy in [approved(box, approval) for approval in approvals]]
     assert [deploy["phase"] for deploy in deploys] == ["deployed", "deployed"]
@@ -217,6 +229,18 @@ def test_what_was_shown_is_built_whatever_becomes_of_the_checkout(box: Box) -> N
     assert ended(box, box.ask(cmd="rebuild", name="bob")["deploy"])["phase"] == "deployed"
     assert colour(box, "bob") == "grey"
     are_idle(box, "bob")
+
+
+def test_a_daemon_that_dies_in_the_middle_of_a_deploy_does_it_again(box: Box) -> None:
+    deploy = approved(box, proposal(box, "bob", painted("pink", built_by("sleep 3; mkdir $out"))))
+    box.wait_for(lambda: box.ask(cmd="deploys", id=deploy)["deploys"][0]["phase"] == "building", "the build")
+    before = box.unit("hyperhive", "MainPID")
+    box.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "hyperhive")
+    box.wait_for(lambda: box.unit("hyperhive", "MainPID") != before, "the end of the daemon")
+    box.wait_for(lambda: box.unit("hyperhive", "ActiveState")["ActiveState"] == "active", "the service to be back")
+    assert ended(box, deploy)["phase"] == "deployed"
+    assert colour(box, "bob") == "pink"
+    are_idle(box, *CREW)
 
 
 # ── the service ──
