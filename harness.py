@@ -2581,6 +2581,9 @@ def check_arguments(tool: Tool, arguments: Json) -> None:
         raise HarnessError("bad_arguments", f"{tool.name} needs {', '.join(missing)}.")
 
 
+TOOL_PROTOCOLS: Final = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # alike in what we use of them
+
+
 class ToolServer:
     """Answers the Model Context Protocol's messages; the transport is the caller's."""
 
@@ -2598,7 +2601,8 @@ class ToolServer:
         parameters = message["params"] if isinstance(message.get("params"), dict) else {}
         match message.get("method"):
             case "initialize":
-                version = parameters.get("protocolVersion", "2025-11-25")
+                asked = parameters.get("protocolVersion")
+                version = asked if asked in TOOL_PROTOCOLS else TOOL_PROTOCOLS[-1]
                 about = {"serverInfo": {"name": "hive", "version": VERSION}, "capabilities": {"tools": {}}}
                 return {**frame, "result": {"protocolVersion": version, **about}}
             case "ping":
@@ -2977,13 +2981,16 @@ class PageThread(threading.Thread):
 # line `rehearse: [steps]` in a message. A step is one of {"text"}, {"thinking"}, {"tool", "input"}, {"sleep"},
 # {"fail": class, "resets_in_s"?}, {"cost"}, {"pictures": [{"media_type", "data"}]}, {"die"}, {"garbage"}, {"hang"}.
 
-REHEARSAL_FAILURES: Final[Mapping[str, tuple[int | None, str]]] = {
-    "authentication_failed": (401, "completed"),
-    "rate_limit": (429, "completed"),
-    "server_error": (529, "completed"),
-    "too_long": (400, "prompt_too_long"),
-    "billing_error": (400, "completed"),
-    "model_not_found": (404, "completed"),
+# How the real one tells each failure: `error` of its last line, status and reason of the result.
+REHEARSAL_FAILURES: Final[Mapping[str, tuple[str, int | None, str]]] = {
+    "authentication_failed": ("authentication_failed", 401, "completed"),
+    "rate_limit": ("rate_limit", 429, "completed"),
+    "server_error": ("server_error", 529, "completed"),
+    "unreachable": ("server_error", None, "completed"),
+    "too_long": ("invalid_request", 400, "prompt_too_long"),
+    "billing_error": ("billing_error", 400, "completed"),
+    "model_not_found": ("model_not_found", 404, "completed"),
+    "other": ("invalid_request", 400, "completed"),
 }
 
 ALICE_CONFIG: Final = """\
@@ -3396,9 +3403,8 @@ class Rehearsal:
         if resets_in_s is not None:
             limit = {"status": "rejected", "resetsAt": time.time() + resets_in_s, "rateLimitType": "five_hour"}
             self._emit(type="rate_limit_event", rate_limit_info=limit)
-        error = "invalid_request" if failure == "too_long" else failure
+        error, status, reason = REHEARSAL_FAILURES[failure]
         self._assistant({"type": "text", "text": f"A rehearsed failure: {failure}"}, error=error)
-        status, reason = REHEARSAL_FAILURES[failure]
         raise CutShort(reason, status)
 
     def _result(self, end: CutShort | None, duration_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
@@ -10,9 +11,11 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import mcp
 import psutil
 import pytest
 from fakes.harness import HARNESS, TOKEN, Harness, rehearse
@@ -246,6 +249,7 @@ def test_broken_files_in_the_state_folder_are_set_aside(folder: Path) -> None:
         ("authentication_failed", "needs_login", True),
         ("rate_limit", "rate_limited", True),
         ("server_error", "rate_limited", True),
+        ("unreachable", "rate_limited", True),
         ("billing_error", "failed", True),
         ("model_not_found", "failed", True),
     ],
@@ -261,7 +265,7 @@ def test_a_failure_parks_and_gives_the_mail_back(folder: Path, failure: str, sta
         assert end["class"] == failure and failure in end["reason"]
         assert harness.host.called("nack")[0].get("blameless", False) is blameless
         assert harness.host.mail[message]["blamed"] == 0
-        has_end = failure in ("rate_limit", "server_error")
+        has_end = failure in ("rate_limit", "server_error", "unreachable")
         assert ("until" in harness.host.states[-1]) is has_end
 
 
@@ -293,6 +297,69 @@ def test_a_conversation_that_is_too_long_is_begun_anew(harness: Harness) -> None
     harness.host.wait_event("turn_end", 2, outcome="failed")
     begun = [note["text"].split()[1] for note in harness.host.of("note") if " begun " in note["text"]]
     assert len(set(begun)) == len(begun) >= 2
+
+
+def test_a_conversation_that_fails_twice_alike_is_begun_anew(harness: Harness) -> None:
+    host = harness.host
+    harness.turn({"text": "warm"})
+    message = host.put(rehearse({"fail": "other"}))
+    host.wait(lambda: host.mail[message]["state"] == "dead", "it to be declared dead")
+    begun = [event["text"].split()[1] for event in host.of("note") if event["text"].startswith("Session ")]
+    assert len(set(begun)) == 3  # the first, and one after each second failure
+    assert {end["class"] for end in host.of("turn_end", outcome="failed")} == {"other"}
+
+
+def conversation(harness: Harness) -> list[str]:
+    """What Claude was told: the user lines in the transcripts of all its sessions."""
+    entries = [line for file in harness.folder.glob("claude/projects/*/*") for line in file.read_text().splitlines()]
+    return [json.loads(line)["text"] for line in entries]
+
+
+def test_mail_that_comes_again_stands_in_the_conversation_once(harness: Harness) -> None:
+    host = harness.host
+    mark = harness.folder / "third"
+    tries = f"echo x >> {mark}; test $(wc -l < {mark}) -ge 3 || kill -9 $PPID"
+    messages = [host.put(rehearse({"tool": "Bash", "input": {"command": tries}})), host.put("and this", "bob")]
+    host.wait_acked(*messages)
+    said = conversation(harness)
+    assert [sum(f"[message {one} from" in text for text in said) for one in messages] == [1, 1]
+    assert sum("came before, in a turn that did not end" in text for text in said) == 2
+
+
+def test_a_limit_is_waited_for_or_left_to_the_operator(folder: Path) -> None:
+    with Harness(folder, wait_for_limit=False) as harness:
+        harness.host.put(rehearse({"fail": "rate_limit", "resets_in_s": 1}))
+        state = harness.host.wait_state("rate_limited")
+        assert "until" not in state and "resume it" in state["reason"]
+        time.sleep(2.5)
+        assert len(harness.host.of("turn_end")) == 1
+        harness.host.control("resume")
+        harness.host.wait_event("turn_end", 2)
+
+
+def test_a_sign_in_has_a_time_limit(folder: Path) -> None:
+    harness = Harness(folder)
+    harness.env["HYPERHIVE_LOGIN_S"] = "0.5"
+    with harness:
+        harness.host.control("login_begin")
+        harness.host.wait(
+            lambda: (state := harness.host.states[-1:]) and "in time" in state[0].get("login", {}).get("error", ""),
+            "the end of its time",
+        )
+        assert harness.host.wait_state("idle")["login"]["phase"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("servers", "word"),
+    [("{", "not JSON"), ('{"mcpServers": {"hive": {}}}', "the hive's own"), ("/no/such/file", "cannot be read")],
+)
+def test_tool_servers_that_can_not_be_had_are_told(folder: Path, servers: str, word: str) -> None:
+    harness = Harness(folder)
+    harness.env["HYPERHIVE_MCP_SERVERS"] = servers
+    with harness:
+        harness.host.put("hello", "bob")
+        end = harness.host.wait_event("turn_end", outcome="failed")
+        assert end["class"] == "cannot_start" and word in end["reason"]
 
 
 def test_a_command_that_can_not_be_started_is_tried_again(folder: Path) -> None:
@@ -477,30 +544,47 @@ def test_the_manager_checks_out_a_config_and_proposes_a_commit(folder: Path) -> 
         assert refused["is_error"] and "bad_name" in refused["output"]
 
 
-def test_the_same_tools_over_stdio(harness: Harness) -> None:
+def test_the_same_tools_over_stdio_for_the_official_client(harness: Harness) -> None:
     harness.turn({"text": "so that it knows its name"})
-    with subprocess.Popen([*HARNESS, "mcp"], env=harness.env, stdin=-1, stdout=-1, text=True) as server:
-        assert server.stdin and server.stdout
+    refusal = {"ok": False, "code": "unknown_agent", "error": "There is no zoe.", "hint": "Ask list_agents."}
+    harness.host.answers["answer"] = lambda request: refusal
 
-        def ask(method: str, **params: object) -> dict[str, object]:
-            assert server.stdin and server.stdout
-            server.stdin.write(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}) + "\n")
-            server.stdin.flush()
-            return dict(json.loads(server.stdout.readline()))
+    async def talk() -> None:
+        server = mcp.StdioServerParameters(command=HARNESS[0], args=[*HARNESS[1:], "mcp"], env=harness.env)
+        async with mcp.stdio_client(server) as streams, mcp.ClientSession(*streams) as client:
+            about = await client.initialize()
+            assert about.server_info.name == "hive" and about.capabilities.tools
+            tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+            assert "send" in tools and "request_spawn" not in tools
+            assert tools["ask"].input_schema["properties"]["options"]["items"] == {"type": "string"}
+            await client.send_ping()
+            assert not (await client.call_tool("send", {"to": "bob", "body": "by hand"})).is_error
+            assert json.loads((await client.call_tool("whoami")).content[0].text)["name"] == "alice"
+            options = {"question": "Which?", "options": ["this", "that"], "multi": True}
+            assert not (await client.call_tool("ask", options)).is_error
+            for name, arguments, word in (
+                ("nothing", {}, "There are: send"),
+                ("send", {"to": "bob"}, "needs body"),
+                ("answer", {"id": 1, "text": "x"}, "Ask list_agents."),
+                ("request_next_turn", {"note": "x"}, "Use remind."),
+            ):
+                result = await client.call_tool(name, arguments)
+                assert result.is_error and word in result.content[0].text
+            with pytest.raises(mcp.MCPError, match="no method"):
+                await client.list_prompts()
 
-        assert ask("initialize", protocolVersion="2025-11-25")["result"]["protocolVersion"] == "2025-11-25"
-        server.stdin.write(json.dumps({"jsonrpc": "2.0", "method": "notifications/initialized"}) + "\n")
-        tools = [tool["name"] for tool in ask("tools/list")["result"]["tools"]]
-        assert "send" in tools and "request_spawn" not in tools
-        result = ask("tools/call", name="send", arguments={"to": "bob", "body": "by hand"})["result"]
-        assert not result["isError"]
-        assert json.loads(ask("tools/call", name="whoami")["result"]["content"][0]["text"])["name"] == "alice"
-        assert ask("no/such")["error"]["code"] == -32601
-        server.stdin.write("not json\n")
-        server.stdin.flush()
-        assert json.loads(server.stdout.readline())["error"]["code"] == -32700
-        server.stdin.close()
+    asyncio.run(talk())
     assert harness.host.called("send")[0]["body"] == "by hand"
+    assert harness.host.called("ask")[0]["options"] == ["this", "that"]
+
+
+def test_a_tool_server_outlives_nonsense(harness: Harness) -> None:
+    lines = 'not json\n[]\n{"jsonrpc": "2.0", "id": 1, "method": "tools/call"}\n'
+    lines += '{"jsonrpc": "2.0", "id": 2, "method": "initialize", "params": {"protocolVersion": "1900-01-01"}}\n'
+    ran = subprocess.run([*HARNESS, "mcp"], env=harness.env, input=lines, capture_output=True, text=True, timeout=20)
+    answers = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [answer["error"]["code"] for answer in answers[:2]] == [-32700, -32700]
+    assert answers[2]["result"]["isError"] and answers[3]["result"]["protocolVersion"] == "2025-11-25"
 
 
 # ── the page ──
