@@ -6,7 +6,8 @@ import { button, heading, logo, panel, refusal, REHEARSAL, toggled } from "./par
 import { begin, post, Stream, take_token_from_address } from "./api.js";
 import { changed, connected, draw_with, is_running_phase, state, take } from "./store.js";
 import { banner, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
-import { approval_card, detail, forget_details, press } from "./approval.js";
+import { approval_card, press } from "./approval.js";
+import { detail, forget_details } from "./detail.js";
 import { call_keys, call_view, load_past, past_view, waiting } from "./call.js";
 import { agents_brief, agents_view, load_kept } from "./agents.js";
 import { agent_view, agent_view_side, load_agent, show_agent } from "./agent.js";

@@ -1,12 +1,15 @@
-// One request as a card, read from top to bottom: what, why, the diff, the decision.
+// One request as a card, read from top to bottom: what, why, the verdict, the diff, the packages, the decision.
 
 import { h } from "./dom.js";
 import { ago, clock, plural, prose, short_sha, span, you_or } from "./text.js";
-import { act, button, draft, field, fold, is_busy, plain, refusal, spend_draft } from "./parts.js";
-import { changed, on, state } from "./store.js";
-import { get, post } from "./api.js";
-import { diff_view } from "./diff.js";
-import { deploy_card } from "./deploys.js";
+import { act, button, draft, field, is_busy, plain, refusal, spend_draft } from "./parts.js";
+import { changed, state } from "./store.js";
+import { post } from "./api.js";
+import { diff_view, split_switch } from "./diff.js";
+import { deploy_card, rollback_button } from "./deploys.js";
+import { detail, earlier_view, look_again, show_detail, thread_view } from "./detail.js";
+import { edit_button, edit_form, is_editing } from "./edit.js";
+import { error_mark, packages_view, precheck_line } from "./precheck.js";
 
 const KINDS = {
   spawn: "New agent",
@@ -28,39 +31,6 @@ export function request_words({ kind, agent, requested_by, schedule }) {
   return `${wants}: ${kind}`;
 }
 
-// ── What only the request itself tells (the diff, the thread), asked for once ────────────────────
-// Its digest changes whenever something else would be done: what was read under another one is not shown.
-
-const details = new Map(); // id → {asked: digest it was asked for, row?, error?}
-
-export function detail(id, digest) {
-  const known = details.get(id);
-  if (known && (digest === undefined || digest === known.asked || digest === known.row?.digest)) return known;
-  details.set(id, { asked: digest });
-  load(id, digest);
-  return details.get(id);
-}
-
-async function load(id, digest) {
-  try {
-    details.set(id, { asked: digest, row: (await get(`/api/approvals/${id}`)).approval });
-  } catch (error) {
-    details.set(id, { asked: digest, error });
-  }
-  changed();
-}
-
-on("approval", (row) => {
-  const known = details.get(row.id);
-  if (known?.row?.digest !== row.digest) return;
-  const { diff, files, touches, thread: messages } = known.row;
-  known.row = { ...row, diff, files, touches, thread: messages };
-});
-
-export function forget_details() {
-  details.clear();
-}
-
 // ── Deciding ─────────────────────────────────────────────────────────────────────────────────────
 
 const note_key = (row) => `note:${row.id}`;
@@ -75,12 +45,41 @@ async function decide(row, verdict, more = {}) {
 /** Approval names what was shown: had it changed, the hive would refuse. */
 const approve = (row) => decide(row, "approve", { digest: detail(row.id, row.digest).row.digest, undo: true });
 const deny = (row) => decide(row, "deny");
-const can_approve = (row) => Boolean(detail(row.id, row.digest).row);
+const can_approve = (row) => Boolean(detail(row.id, row.digest).row) && !is_editing(row.id);
 
 export function press(row, key) {
   if (row.status !== "pending" || is_busy(group(row))) return;
   if (key === "a" && can_approve(row)) act(group(row), "Approve", () => approve(row));
   if (key === "d") act(group(row), "Deny", () => deny(row));
+}
+
+/** The newest request that would put another config into the same place: only what waits is known, and enough. */
+const overtaken_by = (row) =>
+  row.status === "pending" &&
+  row.kind === "apply_commit" &&
+  state.approvals.findLast(
+    (other) =>
+      other.id > row.id && other.agent === row.agent && other.kind === row.kind && other.status === "pending",
+  );
+
+/** Several requests for one agent, each as it was shown; one that a newer one has overtaken stays to be decided. */
+export function approve_all(rows) {
+  const agents = [...new Set(rows.map((row) => row.agent))];
+  return agents.map((agent) => {
+    const mine = rows.filter((row) => row.agent === agent && !overtaken_by(row));
+    if (mine.length < 2) return null;
+    const all = `approve_all:${agent}`;
+    const approve_each = async () => {
+      for (const row of mine) await approve(row);
+    };
+    return h(
+      "div",
+      { key: all, class: "decide after" },
+      h("p", { class: "dim" }, `${plural(mine.length, "request")} for ${agent}, each shown below.`),
+      button(all, `Approve all ${mine.length} for ${agent}`, approve_each, { disabled: !mine.every(can_approve) }),
+      refusal(all),
+    );
+  });
 }
 
 function decision(row, keys) {
@@ -109,7 +108,7 @@ function decision(row, keys) {
 export function approval_card(row, { keys = false, brief = false, ...props } = {}) {
   return h(
     "article",
-    { ...props, class: `card ${props.class ?? ""}`, "aria-label": request_words(row) },
+    { ...props, class: `card ${is_long(row) ? "long" : ""} ${props.class ?? ""}`, "aria-label": request_words(row) },
     h(
       "header",
       { class: "card-head" },
@@ -131,16 +130,24 @@ export function approval_card(row, { keys = false, brief = false, ...props } = {
     ),
     row.description && prose(row.description, { class: "card-body reason" }),
     row.schedule && schedule_view(row.schedule),
-    row.superseded_by &&
-      h(
-        "p",
-        { class: "card-line warn" },
-        "A newer request for the same agent waits: ",
-        h("a", { href: `#/approvals/${row.superseded_by}` }, `#${row.superseded_by}`),
-      ),
+    overtaken(row),
+    !brief && precheck_line(row),
     hints(row, brief),
-    !brief && changes(row),
+    !brief && [changes(row), packages_view(row), edit_form(row, show_detail), background(row)],
     row.status === "pending" ? decision(row, keys) : outcome(row),
+  );
+}
+
+function overtaken(row) {
+  const newer = overtaken_by(row);
+  return (
+    newer &&
+    h(
+      "p",
+      { class: "card-line warn" },
+      "A newer request for the same agent waits: ",
+      h("a", { href: `#/approvals/${newer.id}` }, `#${newer.id}`),
+    )
   );
 }
 
@@ -157,6 +164,14 @@ function schedule_view({ to, body, first, every_s }) {
   );
 }
 
+// A long change keeps the decision in sight.
+const LONG = 40;
+
+function is_long(row) {
+  const files = (row.status === "pending" && detail(row.id, row.digest).row?.files) || [];
+  return files.reduce((sum, { added, removed }) => sum + added + removed, 0) > LONG;
+}
+
 /** Where it stands, and what it may touch: beside the diff, never instead of it. */
 function hints(row, brief) {
   const touches = brief ? [] : (detail(row.id, row.digest).row?.touches ?? []);
@@ -166,38 +181,16 @@ function hints(row, brief) {
       h("span", { class: "dim" }, "on top of ", h("code", { title: row.base_sha }, short_sha(row.base_sha))),
     row.fetched_sha &&
       h("span", { class: "dim" }, "commit ", h("code", { title: row.fetched_sha }, short_sha(row.fetched_sha))),
-    row.proposed_sha && h("span", { class: "dim" }, "edited by you"),
+    row.proposed_sha &&
+      h(
+        "span",
+        { class: "warn" },
+        "edited by you; proposed was ",
+        h("code", { title: row.proposed_sha }, short_sha(row.proposed_sha)),
+      ),
+    edit_button(row),
   ].filter(Boolean);
   return facts.length > 0 && h("div", { class: "card-line" }, facts);
-}
-
-function thread({ id, thread: messages = [] }) {
-  return (
-    messages.length > 0 &&
-    fold(
-      `thread:${id}`,
-      `What led to it: ${plural(messages.length, "message")}`,
-      () =>
-        h(
-          "div",
-          { class: "card-body thread" },
-          messages.map((message) =>
-            h(
-              "div",
-              { key: message.id },
-              h(
-                "p",
-                { class: "row-top" },
-                h("span", null, you_or(message.from), " → ", you_or(message.to)),
-                h("span", null, clock(message.at)),
-              ),
-              prose(message.body),
-            ),
-          ),
-        ),
-      { class: "file" },
-    )
-  );
 }
 
 function changes(row) {
@@ -208,28 +201,31 @@ function changes(row) {
       "div",
       { class: "card-line" },
       h("p", { class: "refusal", role: "alert" }, "The change can't be shown: ", error.message),
-      plain(
-        "Try again",
-        () => {
-          details.delete(row.id);
-          changed();
-        },
-        { kind: "small" },
-      ),
+      plain("Try again", () => look_again(row.id), { kind: "small" }),
     );
   }
   if (!more) return h("p", { class: "card-line dim" }, "Reading the change…");
   return h(
     "div",
     { class: "changes" },
-    more.diff && more.files.length > 1 && h("p", { class: "card-line dim" }, plural(more.files.length, "file")),
-    more.diff && diff_view(`diff:${row.id}`, more.diff),
-    thread(more),
+    more.diff &&
+      h(
+        "p",
+        { class: "card-line dim" },
+        more.files.length > 1 && plural(more.files.length, "file"),
+        split_switch(),
+      ),
+    more.diff && diff_view(`diff:${row.id}:${more.digest}`, more.diff, { at: error_mark(row) }),
   );
 }
 
+function background(row) {
+  const { row: more } = detail(row.id, row.digest);
+  return more && [thread_view(more), earlier_view(more, request_words)];
+}
+
 function outcome(row) {
-  const running = row.deploy_id && state.deploys.find((deploy) => deploy.id === row.deploy_id);
+  const deploy = row.deploy_id && state.deploys.find(({ id }) => id === row.deploy_id);
   const words =
     { approved: "Approved", denied: "Denied", cancelled: "Cancelled", failed: "Failed" }[row.status] ?? row.status;
   return h(
@@ -245,7 +241,8 @@ function outcome(row) {
     ),
     row.note && prose(row.note, { class: "quote" }),
     row.error && h("pre", { class: "log", tabindex: "0" }, row.error),
-    running && deploy_card(running, { bare: true }),
+    deploy && deploy_card(deploy, { bare: true }),
+    deploy && rollback_button(deploy),
     row.undo_until &&
       h(
         "div",

@@ -5,7 +5,7 @@ import { ago, clock, plural, prose } from "./text.js";
 import { button, empty, heading, panel, refusal } from "./parts.js";
 import { agent_named, changed, is_new, is_running_phase, state } from "./store.js";
 import { get, post } from "./api.js";
-import { approval_card, kind_words, press, request_words } from "./approval.js";
+import { approval_card, approve_all, kind_words, press, request_words } from "./approval.js";
 import { signin } from "./agent.js";
 import { open_question, press_option, question_card } from "./question.js";
 
@@ -209,6 +209,7 @@ export function call_view() {
         : "Nothing waits for you",
       rows.length > 0 && ["oldest ", ago(oldest(rows), "for")],
     ),
+    approve_all(rows.filter((row) => row.kind === "approval").map((row) => pending_approval(row.id))),
     h(
       "div",
       { class: "cards" },

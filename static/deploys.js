@@ -2,9 +2,10 @@
 
 import { h } from "./dom.js";
 import { ago, clock, duration, short_sha } from "./text.js";
-import { empty, heading, panel, plain, toggle, toggled } from "./parts.js";
+import { button, empty, heading, panel, plain, refusal, toggle, toggled } from "./parts.js";
 import { changed, is_new, is_running_phase, state } from "./store.js";
-import { get } from "./api.js";
+import { get, post } from "./api.js";
+import { compare_panel } from "./compare.js";
 
 const KINDS = {
   spawn: "first deploy",
@@ -100,6 +101,21 @@ export function deploy_card(deploy, { bare = false } = {}) {
   );
 }
 
+/** What runs now can be taken back to the one before: a deploy like any other. */
+export function rollback_button(deploy) {
+  const mine = state.deploys.filter(({ agent, phase }) => agent === deploy.agent && phase !== "failed");
+  const newest = mine.every(({ id }) => id <= deploy.id);
+  if (!newest || deploy.phase !== "deployed" || deploy.kind === "spawn") return null;
+  const group = `rollback:${deploy.id}`;
+  return [
+    button(group, "Roll back", () => post(`/api/agents/${deploy.agent}/rollback`), {
+      kind: "small",
+      name: `Roll ${deploy.agent} back to what ran before deploy ${deploy.id}`,
+    }),
+    refusal(group),
+  ];
+}
+
 function history_row(deploy) {
   const open = toggled(`log:${deploy.id}`);
   return h(
@@ -122,6 +138,7 @@ function history_row(deploy) {
         deploy.sha && [" · ", h("code", null, short_sha(deploy.sha))],
       ),
       h("span", { class: "dim" }, took(deploy), " · ", clock(deploy.ended_at ?? deploy.started_at)),
+      rollback_button(deploy),
       plain(open ? "Hide the log" : "Log", () => toggle(`log:${deploy.id}`, !open), {
         kind: "quiet",
         "aria-expanded": String(open),
@@ -157,5 +174,6 @@ export function deploys_view() {
               : "Nothing was deployed yet. An approved request is built and switched to here, with its log.",
           ),
     ),
+    compare_panel(),
   ];
 }

@@ -1,0 +1,119 @@
+// What only a request itself tells: its diff, what led to it, and how earlier ones were decided.
+
+import { h } from "./dom.js";
+import { ago, clock, plural, prose, you_or } from "./text.js";
+import { fold } from "./parts.js";
+import { changed, on } from "./store.js";
+import { get } from "./api.js";
+
+// ── Asked for once ───────────────────────────────────────────────────────────────────────────────
+// Its digest changes whenever something else would be done: what was read under another one is not shown.
+
+const details = new Map(); // id → {asked: digest it was asked for, row?, error?}
+
+export function detail(id, digest) {
+  const known = details.get(id);
+  if (known && (digest === undefined || digest === known.asked || digest === known.row?.digest)) return known;
+  details.set(id, { asked: digest });
+  load(id, digest);
+  return details.get(id);
+}
+
+async function load(id, digest) {
+  try {
+    show_detail((await get(`/api/approvals/${id}`)).approval, digest);
+  } catch (error) {
+    details.set(id, { asked: digest, error });
+  }
+  changed();
+}
+
+export function show_detail(row, asked = row.digest) {
+  details.set(row.id, { asked, row });
+}
+
+export function look_again(id) {
+  details.delete(id);
+  changed();
+}
+
+const MORE = ["diff", "files", "touches", "thread", "earlier"];
+
+on("approval", (row) => {
+  const known = details.get(row.id);
+  if (known?.row?.digest !== row.digest) return;
+  known.row = { ...row, ...Object.fromEntries(MORE.map((key) => [key, known.row[key]])) };
+});
+
+export function forget_details() {
+  details.clear();
+}
+
+// ── What led to it, and what was before ──────────────────────────────────────────────────────────
+
+export function thread_view({ id, thread = [] }) {
+  return (
+    thread.length > 0 &&
+    fold(
+      `thread:${id}`,
+      `What led to it: ${plural(thread.length, "message")}`,
+      () =>
+        h(
+          "div",
+          { class: "card-body thread" },
+          thread.map((message) =>
+            h(
+              "div",
+              { key: message.id },
+              h(
+                "p",
+                { class: "row-top" },
+                h("span", null, you_or(message.from), " → ", you_or(message.to)),
+                h("span", null, clock(message.at)),
+              ),
+              prose(message.body),
+            ),
+          ),
+        ),
+      { class: "file" },
+    )
+  );
+}
+
+const TONES = { approved: "ok", failed: "bad", denied: "warn" };
+
+export function earlier_view({ id, agent, earlier = [] }, words) {
+  return (
+    earlier.length > 0 &&
+    fold(
+      `earlier:${id}`,
+      `Earlier decisions for ${agent}: ${earlier.length}`,
+      () =>
+        h(
+          "div",
+          { class: "card-body thread" },
+          earlier.map((row) =>
+            h(
+              "div",
+              { key: row.id },
+              h(
+                "p",
+                { class: "row-top" },
+                h(
+                  "span",
+                  null,
+                  h("a", { href: `#/approvals/${row.id}` }, `#${row.id}`),
+                  ` ${words(row)}: `,
+                  h("span", { class: TONES[row.status] ?? "" }, row.status),
+                  row.phase && ` (${row.phase})`,
+                ),
+                ago(row.resolved_at),
+              ),
+              row.note && prose(row.note, { class: "quote" }),
+            ),
+          ),
+        ),
+      { class: "file" },
+    )
+  );
+}

@@ -1,0 +1,291 @@
+"""Requests in a real browser: all that is shown before the decision, the decision itself, and what follows."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sqlite3
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import browserbox
+import pytest
+from browserbox import Tab, card
+from hive import Hive, wait_for
+from playwright.sync_api import expect
+
+browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
+
+FIRST = "{ pkgs, ... }:\n{\n  environment.systemPackages = [ pkgs.git ];\n}\n"
+SECOND = FIRST.replace("pkgs.git", "pkgs.git pkgs.librsvg").replace("}\n", '  # it draws\n  users.motd = "hi";\n}\n', 2)
+
+# A page that hears no more of the hive, but can still press a button.
+DEAF = """() => {
+  const known = window.fetch;
+  window.fetch = (path, ...more) =>
+    /stream|approvals.[0-9]+$/.test(path) ? new Promise(() => {}) : known(path, ...more);
+}"""
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[Hive]:
+    """One hive for the module: manager and alice are deployed and stopped, so that tests can speak as them."""
+    limits = {"messages_per_minute": 0, "pending_approvals": 1000, "wrong_tokens_per_minute": 10_000}
+    with (
+        tempfile.TemporaryDirectory(prefix="hh-", dir="/tmp") as place,
+        Hive(Path(place), undo_s=0.0, limits=limits) as hive,
+    ):
+        yield hive.spawn("manager", "alice")
+
+
+@pytest.fixture
+def tab(team: Hive, open_tab: Callable[..., Tab]) -> Tab:
+    return open_tab(f"{team.url}/#token={team.token}")
+
+
+def propose(hive: Hive, folder: Path, files: dict[str, str], description: str = "She draws.") -> int:
+    """The manager asks for these files as alice's config."""
+    env = {
+        **os.environ,
+        **{f"GIT_{who}_{what}": "m@n" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+    }
+    source = folder / "source"
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=source, env=env, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    with hive.agent("manager") as manager:
+        known = manager.ask("checkout_config", agent="alice")
+        if not source.exists():
+            source.mkdir()
+            git("init", "-q", "-b", "main")
+        (source / "bundle").write_bytes(base64.b64decode(known["bundle"]))
+        git("fetch", "-q", "bundle", "refs/heads/main")
+        git("reset", "-q", "--hard", known["sha"])
+        for path, text in files.items():
+            (source / path).write_text(text)
+        git("add", *files)
+        git("commit", "-q", "-m", "a change")
+        git("bundle", "create", "-q", "new", "main")
+        bundle = base64.b64encode((source / "new").read_bytes()).decode()
+        answer = manager.ask(
+            "request_apply_commit", agent="alice", sha=git("rev-parse", "HEAD"), description=description, bundle=bundle
+        )
+        assert answer["ok"], answer
+        number: int = answer["id"]
+        return number
+
+
+def request_of(hive: Hive, number: int) -> dict[str, Any]:
+    row: dict[str, Any] = hive.api("GET", f"/api/approvals/{number}").body["approval"]
+    return row
+
+
+def check(hive: Hive, number: int, verdict: dict[str, Any], log: tuple[str, ...] = ()) -> None:
+    """Write the verdict of a pre-check where the host would have, had it containers to build for."""
+    with closing(sqlite3.connect(hive.state / "hive.sqlite")) as database, database:
+        database.execute("UPDATE approvals SET precheck = ? WHERE id = ?", (json.dumps(verdict), number))
+        rows = [(number, n, line) for n, line in enumerate(log, 1)]
+        database.executemany("INSERT INTO precheck_log (approval, n, line) VALUES (?, ?, ?)", rows)
+
+
+def deny_all(hive: Hive) -> None:
+    for row in hive.api("GET", "/api/approvals?status=pending").body["approvals"]:
+        assert hive.api("POST", f"/api/approvals/{row['id']}/deny", {}).status == 200
+
+
+@pytest.fixture(autouse=True)
+def nothing_waits(team: Hive) -> Iterator[None]:
+    yield
+    deny_all(team)
+
+
+def test_the_verdict_the_packages_and_the_words_before_the_decision(team: Hive, folder: Path, tab: Tab) -> None:
+    number = propose(team, folder, {"agent.nix": SECOND})
+    packages = [
+        {"name": "librsvg", "to": "2.60.0", "bytes": 4_300_000},
+        {"name": "git", "from": "2.50", "to": "2.51", "bytes": -2048},
+    ]
+    verdict = {"state": "ok", "evaluates": True, "builds": True, "seconds": 8.2, "packages": packages}
+    check(team, number, verdict, ("building…", "built."))
+    tab.page.reload()
+    request = card(tab, "to change alice")
+    line = request.get_by_role("status", name="Pre-check")
+    expect(line).to_contain_text("✓ evaluates")
+    expect(line).to_contain_text("✓ builds in 8.2 s")
+    expect(line).to_contain_text("+1 ±1 packages")
+    expect(line).to_contain_text("+4.1 MiB")
+    rows = request.get_by_role("table", name="Packages that change").locator("tr")
+    expect(rows).to_have_text(["librsvg–2.60.0+4.1 MiB", "git2.502.51−0.002 MiB"])
+    line.get_by_role("button", name="Log of the pre-check").click()
+    expect(request.get_by_role("log")).to_have_text("building…\nbuilt.")
+    expect(request).to_contain_text("Touches programs that its shell finds, users and their rights")
+    expect(request.locator(".nix-string")).to_have_text(['"hi"'])
+    expect(request.locator(".added .nix-comment")).to_have_text(["# it draws"])
+
+
+def test_an_error_is_marked_in_the_diff(team: Hive, folder: Path, tab: Tab) -> None:
+    number = propose(team, folder, {"agent.nix": SECOND.replace('"hi";', '"hi"')})
+    verdict = {"state": "failed", "error": "syntax error, unexpected '}'\nmore", "at": {"path": "agent.nix", "line": 6}}
+    check(team, number, verdict)
+    tab.page.reload()
+    request = card(tab, "to change alice")
+    expect(request.get_by_role("status", name="Pre-check")).to_contain_text("✗ does not evaluate")
+    marked = request.locator(".diff .marked")
+    expect(marked).to_have_count(1)
+    expect(marked.locator(".text")).to_have_text("}")
+    expect(marked).to_contain_text("↑ syntax error, unexpected '}'")
+    expect(request.get_by_role("button", name=f"Approve request {number}")).to_be_enabled()
+
+
+def test_old_and_new_side_by_side_where_there_is_room(team: Hive, folder: Path, tab: Tab) -> None:
+    propose(team, folder, {"agent.nix": SECOND})
+    request = card(tab, "to change alice")
+    expect(request.locator(".pair")).to_have_count(0)
+    request.get_by_role("button", name="Side by side").click()
+    expect(request.locator(".pair").first).to_be_visible()
+    text = request.locator(".diff").inner_text()
+    tab.page.reload()
+    expect(request.locator(".pair").first).to_be_visible()  # remembered
+    assert request.locator(".diff").inner_text() == text
+    tab.page.set_viewport_size({"width": 800, "height": 900})
+    expect(request.locator(".pair")).to_have_count(0)
+    expect(request.get_by_role("button", name="Side by side")).to_have_count(0)
+
+
+def test_a_proposal_is_edited_and_then_approved(team: Hive, folder: Path, tab: Tab) -> None:
+    number = propose(team, folder, {"agent.nix": SECOND})
+    proposed = request_of(team, number)["fetched_sha"]
+    request = card(tab, "to change alice")
+    request.get_by_role("button", name=f"Edit request {number}").click()
+    approve = request.get_by_role("button", name=f"Approve request {number}")
+    expect(approve).to_be_disabled()  # what is typed is not what would be deployed
+    request.get_by_label("Text of agent.nix").fill(SECOND.replace('"hi"', '"bettered"'))
+    request.get_by_role("button", name="Save the edit").click()
+    expect(request.locator(".diff")).to_contain_text("bettered")
+    expect(request).to_contain_text(f"edited by you; proposed was {proposed[:7]}")
+    approve.click()
+    wait_for(lambda: request_of(team, number).get("phase") == "deployed", "the deploy")
+    row = request_of(team, number)
+    assert row["proposed_sha"] == proposed != row["fetched_sha"]
+    tab.go("deploys")
+    newest = tab.page.get_by_role("main").locator(".row").filter(has_text=f"#{number}")
+    expect(newest).to_contain_text(row["fetched_sha"][:7])
+    tab.page.get_by_role("button", name="Compare", exact=True).click()
+    expect(tab.page.locator(".diff .added").filter(has_text="bettered")).to_be_visible()
+    newest.get_by_role("button", name="Roll alice back").click()
+    back = tab.page.get_by_role("main").locator(".row").filter(has_text="roll back")
+    expect(back).to_contain_text("deployed")
+    tab.go(f"approvals/{number}")
+    expect(card(tab, "to change alice")).to_contain_text("Approved by you")
+
+
+def test_an_overtaken_request_is_marked_and_the_others_are_approved_together(
+    team: Hive, folder: Path, tab: Tab
+) -> None:
+    older = propose(team, folder, {"agent.nix": SECOND.replace("hi", "older")})
+    newer = propose(team, folder, {"agent.nix": SECOND.replace("hi", "newer")})
+    with team.agent("manager") as manager:
+        fields = {"to": "alice", "body": "Look again.", "first": "2099-01-01T00:00:00Z"}
+        schedule = manager.ask("request_schedule", **fields)["id"]
+    overtaken = tab.page.locator(f'[data-card="approval-{older}"]')
+    expect(overtaken).to_contain_text(f"A newer request for the same agent waits: #{newer}")
+    tab.page.get_by_role("button", name="Approve all 2 for alice").click()
+    expect(tab.page.locator("[data-card^=approval-]")).to_have_count(1)
+    statuses = {number: request_of(team, number)["status"] for number in (older, newer, schedule)}
+    assert statuses == {older: "pending", newer: "approved", schedule: "approved"}
+    wait_for(lambda: request_of(team, newer).get("phase") == "deployed", "the deploy")
+
+
+def test_two_browsers_at_once_make_one_deploy_and_both_tell_it(
+    team: Hive, folder: Path, tab: Tab, open_tab: Callable[..., Tab]
+) -> None:
+    number = propose(team, folder, {"agent.nix": SECOND.replace("hi", "of two browsers")})
+    other = open_tab(f"{team.url}/#token={team.token}")
+    name = f"Approve request {number}"
+    for one in (tab, other):
+        one.go(f"approvals/{number}")
+        expect(one.page.get_by_role("button", name=name)).to_be_enabled()
+    button, at_ms = f"document.querySelector(`button[aria-label='{name}']`)", tab.page.evaluate("Date.now() + 500")
+    for one in (tab, other):
+        one.page.evaluate(f"const button = {button}; setTimeout(() => button.click(), {at_ms} - Date.now())")
+    for one in (tab, other):
+        expect(card(one, "to change alice")).to_contain_text("Approved by you")
+        expect(card(one, "to change alice")).to_contain_text("deployed")
+    deploys = team.api("GET", "/api/deploys?agent=alice").body["deploys"]
+    assert len([row for row in deploys if row.get("approval_id") == number]) == 1
+
+
+def test_a_page_left_open_through_a_restart_approves_only_what_it_showed(
+    folder: Path, open_tab: Callable[..., Tab]
+) -> None:
+    with Hive(folder, undo_s=0.0) as hive:
+        hive.spawn("manager", "alice")
+        number = propose(hive, folder, {"agent.nix": SECOND})
+        tab = open_tab(f"{hive.url}/#token={hive.token}")
+        tab.expected = ["ERR_", "409", "Failed to load"]
+        tab.go(f"approvals/{number}")
+        expect(tab.page.get_by_role("button", name=f"Approve request {number}")).to_be_enabled()
+        tab.page.evaluate(DEAF)
+        hive.stop()
+        hive.start()
+        row, text = request_of(hive, number), SECOND.replace("hi", "something else")
+        edit = {"path": "agent.nix", "text": text, "digest": row["digest"]}
+        assert hive.api("POST", f"/api/approvals/{number}/edit", edit).status == 200
+        tab.page.get_by_role("button", name=f"Approve request {number}").click()
+        expect(tab.page.get_by_role("alert")).to_contain_text("is not what was shown any more")
+        assert request_of(hive, number)["status"] == "pending"
+        tab.page.reload()
+        expect(card(tab, "to change alice").locator(".diff")).to_contain_text("something else")
+        tab.page.locator("body").press("a")
+        expect(card(tab, "to change alice")).to_contain_text("Approved by you")
+        wait_for(lambda: request_of(hive, number).get("phase") == "deployed", "the deploy")
+
+
+def test_forty_files_and_ten_thousand_lines_are_shown_at_once(
+    team: Hive, folder: Path, tab: Tab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "".join(f'  option{n} = {{ enable = true; port = {n}; text = "line {n}"; }};\n' for n in range(250))
+    files = {f"part{n}.nix": f"{{ ... }}: {{\n{lines}}}\n" for n in range(40)}
+    number = propose(team, folder, {"agent.nix": FIRST, **files})
+    tab.go("agents")
+    expect(tab.page.get_by_role("heading", name="Agents", exact=True).first).to_be_visible()
+    took_ms = tab.page.evaluate(
+        """number => new Promise((resolve) => {
+          const began = performance.now();
+          location.hash = `#/approvals/${number}`;
+          const look = () => document.querySelectorAll(".file").length >= 40
+            ? requestAnimationFrame(() => setTimeout(() => resolve(performance.now() - began)))
+            : requestAnimationFrame(look);
+          look();
+        })""",
+        number,
+    )
+    scroll_ms = tab.page.evaluate(
+        """() => new Promise((resolve) => {
+          const frames = [];
+          let last = performance.now();
+          const step = () => {
+            const now = performance.now();
+            frames.push(now - last);
+            last = now;
+            if (scrollY + innerHeight >= document.documentElement.scrollHeight - 2 || frames.length > 150)
+              return resolve(frames.sort((a, b) => a - b).at(Math.floor(frames.length * 0.95)));
+            scrollBy(0, 1500);
+            requestAnimationFrame(step);
+          };
+          step();
+        })"""
+    )
+    with capsys.disabled():
+        print(f" [10,080 lines: shown in {took_ms:.0f} ms, a frame while scrolling {scroll_ms:.0f} ms (95 %)]", end="")
+    texts = "[...document.querySelectorAll('.diff')].map(({ textContent }) => textContent).join('')"
+    assert tab.page.evaluate(f"{texts}.split('\\n+').length") > 10_000
+    assert took_ms < 5000
+    expect(tab.page.get_by_role("button", name=f"Approve request {number}")).to_be_visible()
