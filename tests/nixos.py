@@ -40,6 +40,7 @@ class NixosHive(Hive):
                 "source": str(self.source),
                 "nixpkgs": str(self.nixos / "nixpkgs"),
                 "nixpkgs_unstable": f"path:{self.nixos / 'nixpkgs'}",
+                "precheck": "off",  # a second build of everything
                 **settings,
             },
         )
@@ -64,6 +65,7 @@ class NixosHive(Hive):
     def _write_programs(self) -> None:
         (self.nixos / "nix/nix.conf").write_text(NIX_CONF)
         variables = {
+            "HOME": self.nixos / "home",  # Nix keeps a cache there, which names paths of the store
             "NIXOS_ETC": self.etc,
             "NIXOS_VAR": self.nixos / "var",
             "NIXOS_LOCK": self.nixos / "lock",
