@@ -16,7 +16,6 @@ and the start script of containers are those of tests/fakes, here with a real sy
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -50,7 +49,7 @@ sandbox = false
 substituters =
 """
 
-# The configuration of the machine, as a user writes it. `settings` is JSON, which Nix reads.
+# The configuration of the machine, as a user writes it.
 FLAKE = """\
 {
   inputs = {
@@ -67,7 +66,11 @@ FLAKE = """\
           environment.systemPackages = [ "/opt/nixos-container" ];
           services.hyperhive = {
             enable = true;
-            settings = builtins.fromJSON (builtins.readFile ./settings.json);
+            settings = {
+              nixpkgs = "/opt/nixpkgs";
+              nixpkgs_unstable = "path:/opt/nixpkgs";
+              undo_s = 0;
+            };
           };
         }
       ];
@@ -76,11 +79,10 @@ FLAKE = """\
 }
 """
 
-SETTINGS = {"nixpkgs": "/opt/nixpkgs", "nixpkgs_unstable": "path:/opt/nixpkgs", "undo_s": 0}
-
-# What `nixos-rebuild switch` does, as far as it concerns us.
+# What a user does with `nix flake update` and `nixos-rebuild switch`, as far as it concerns us.
 SWITCH = """\
 set -eu
+nix flake update --flake /etc/nixos
 system=$(nix build --no-link --print-out-paths /etc/nixos#nixosConfigurations.box.config.system.build.toplevel)
 nix-env -p /nix/var/nix/profiles/system --set "$system"
 ln -sfn /nix/var/nix/profiles/system /run/current-system
@@ -120,7 +122,6 @@ FILES = {
     "etc/hostname": "box\n",
     "etc/nix/nix.conf": NIX_CONF,
     "etc/nixos/flake.nix": FLAKE,
-    "etc/nixos/settings.json": json.dumps(SETTINGS),
     "etc/systemd/system/container@.service": CONTAINER_UNIT,
     "etc/tmpfiles.d/nixos.conf": "L+ /run/current-system - - - - /nix/var/nix/profiles/system\n",
 }
@@ -289,10 +290,8 @@ class Box:
 
     # ── the machine ──
 
-    def switch(self, **settings: Any) -> None:
-        """Build the system with these settings of the hive, as they shall be from now on, and run it."""
-        if settings:
-            (self.root / "etc/nixos/settings.json").write_text(json.dumps(SETTINGS | settings))
+    def switch(self) -> None:
+        """Build the system from /etc/nixos and what lies in /opt now, and run it."""
         self.run("sh", "-c", SWITCH)
 
     def drop_in(self, text: str) -> None:

@@ -271,6 +271,20 @@ def test_a_restart_disturbs_nobody(box: Box) -> None:
     are_idle(box, "alice")
 
 
+def test_a_newer_hyperhive_reaches_agents_when_they_are_rebuilt(box: Box) -> None:
+    before = leader(box, "alice")
+    with (box.root / "opt/hyperhive/harness.py").open("a") as file:
+        file.write("# newer\n")
+    box.switch()
+    are_idle(box, *CREW)
+    assert leader(box, "alice") == before and row(box, "alice")["needs_update"]
+    assert ended(box, box.ask(cmd="rebuild", name="alice")["deploy"])["phase"] == "deployed"
+    assert [row(box, name)["needs_update"] for name in CREW] == [True, False, True]
+    script = "tail --lines=1 $(dirname $(readlink -f /run/current-system/sw/bin/hyperhive))/../lib/hyperhive/harness.py"
+    assert inside(box, "alice", "sh", "-euc", script) == "# newer\n"
+    are_idle(box, "alice")
+
+
 def test_without_runtime_directory_preserve_a_restart_cuts_them_off(box: Box) -> None:
     """Why the line is there: the folders that are bound into running containers would be gone."""
     before = bind_source(box, "alice")
