@@ -289,7 +289,7 @@ class Remedy:
 # The one place that says what each kind of failure does to the mail of its turn and to the agent.
 REMEDIES: Final[Mapping[Failure, Remedy]] = {
     Failure.SIGN_IN: Remedy(False, Wait.OPERATOR, State.NEEDS_LOGIN, "Claude is not signed in."),
-    Failure.LIMIT: Remedy(False, Wait.RESET, State.RATE_LIMITED, "The usage limit is reached."),
+    Failure.LIMIT: Remedy(False, Wait.RESET, State.RATE_LIMITED, "A limit of the service is reached."),
     Failure.OVERLOAD: Remedy(False, Wait.BACK_OFF, State.RATE_LIMITED, "The service is overloaded or failing."),
     Failure.UNREACHABLE: Remedy(False, Wait.BACK_OFF, State.RATE_LIMITED, "The service cannot be reached."),
     Failure.BILLING: Remedy(False, Wait.OPERATOR, State.FAILED, "The account has no credit."),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from conftest import CLAUDE
-from fakes.harness import Harness
+from fakes.harness import HARNESS, Harness
 from fakes.messages_api import Api
-from hive import processes_of, wait_for
+from hive import Hive, processes_of, wait_for
 
 pytestmark = pytest.mark.needs("claude")
 
@@ -36,6 +38,7 @@ def harness(folder: Path, api: Api) -> Iterator[Harness]:
 def environment(folder: Path, api: Api) -> None:
     """What the host would lay beside the socket. Tries again once only, or a failing service takes minutes."""
     settings = {"ANTHROPIC_API_KEY": "dummy", "ANTHROPIC_BASE_URL": api.url, "CLAUDE_CODE_MAX_RETRIES": "1"}
+    settings["API_TIMEOUT_MS"] = "3000"
     (folder / "environment").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
 
 
@@ -97,28 +100,139 @@ def test_mail_sent_while_a_tool_runs_is_read_in_that_turn(harness: Harness, api:
     assert "> by the way" in api.said()
 
 
-@pytest.mark.parametrize(
-    ("status", "kind", "failure"),
-    [
-        (401, "authentication_error", "authentication_failed"),
-        (429, "rate_limit_error", "rate_limit"),
-        (529, "overloaded_error", "server_error"),
-        (404, "not_found_error", "model_not_found"),
-    ],
-)
-def test_failures_of_the_service_are_told_apart(
-    harness: Harness, api: Api, status: int, kind: str, failure: str
+FAILURES: dict[str, tuple[tuple[int, str, str], str, str, str]] = {
+    # what the service says → class, state, and words of the sentence that the page shows
+    "401": ((401, "authentication_error", "no"), "authentication_failed", "needs_login", "Claude is not signed in."),
+    "403": ((403, "permission_error", "no"), "authentication_failed", "needs_login", "Claude is not signed in."),
+    "429": ((429, "rate_limit_error", "no"), "rate_limit", "rate_limited", "A limit of the service is reached."),
+    "529": ((529, "overloaded_error", "no"), "server_error", "rate_limited", "overloaded or failing"),
+    "500": ((500, "api_error", "no"), "server_error", "rate_limited", "overloaded or failing"),
+    "billing": (
+        (400, "invalid_request_error", "Your credit balance is too low to access the Anthropic API."),
+        "billing_error",
+        "failed",
+        "The account has no credit.",
+    ),
+    "model": ((404, "not_found_error", "no"), "model_not_found", "failed", "does not know the model"),
+    "poison": ((400, "invalid_request_error", "messages.1 is broken"), "other", "failed", "The turn failed."),
+}
+
+
+def test_each_failure_ends_in_its_state_and_needs_no_restart(harness: Harness, api: Api) -> None:
+    host = harness.host
+    harness.stop()
+    harness.env["HYPERHIVE_BACKOFF_S"] = "60"
+    harness.start()
+    for number, (name, (failure, kind, state, words)) in enumerate(FAILURES.items(), 1):
+        api.fail(*failure)
+        message = host.put(f"hello from case {name}")
+        assert host.wait_event("turn_end", number, outcome="failed")["class"] == kind, name
+        report = host.wait_state(state)
+        assert words in report["reason"], name
+        assert ("until" in report) == (state == "rate_limited" or kind == "other"), name
+        host.wait(lambda expected=number: len(host.called("nack")) >= expected, f"{name}: the mail to come back")
+        assert host.called("nack")[-1].get("blameless", False) is (kind != "other"), name
+        api.work()
+        host.control("resume")
+        host.wait_acked(message)
+        host.wait_state("idle")
+        assert api.said().count(f"hello from case {name}") == 1  # it was given twice
+    assert sum("(process" in note["text"] for note in host.of("note")) == 1, "one process, through all of it"
+
+
+def test_a_service_that_hangs_or_is_gone_is_out_of_reach_and_one_that_stumbles_is_not(
+    harness: Harness, api: Api
 ) -> None:
     host = harness.host
-    api.fail(status, kind, "no")
-    message = host.put("hello")
-    assert host.wait_event("turn_end", outcome="failed")["class"] == failure
-    host.wait(lambda: host.called("nack"), "the mail to come back")
-    assert host.called("nack")[0]["blameless"]
+    for number, manner in enumerate(("slow", "cut"), 1):
+        api.manner = manner
+        host.wait_acked(host.put(script({"text": "a text of several words"}), "bob"))
+        host.wait_event("turn_end", number, outcome="done")
+    api.manner = "hang"
+    message = host.put("anybody there?")
+    assert host.wait_event("turn_end", outcome="failed")["class"] == "unreachable"
     api.work()
-    host.control("resume")
     host.wait_acked(message)
-    assert host.mail[message]["blamed"] == 0
+    api.stop()
+    failed = len(host.of("turn_end", outcome="failed"))
+    message = host.put("and now?")
+    end = host.wait_event("turn_end", failed + 1, outcome="failed")
+    assert end["class"] == "unreachable" and "cannot be reached" in end["reason"]
+    again = Api(api.server_address[1]).start()
+    try:
+        host.wait_acked(message)
+    finally:
+        again.stop()
+
+
+def test_a_subscription_limit_is_waited_for_until_it_resets(harness: Harness, api: Api, folder: Path) -> None:
+    host = harness.host
+    (folder / "environment").write_text(f"ANTHROPIC_BASE_URL={api.url}\nCLAUDE_CODE_MAX_RETRIES=1\n")
+    sign_in = {"accessToken": "made-up", "refreshToken": "made-up", "expiresAt": int(time.time() + 9000) * 1000}
+    (folder / "claude").mkdir(exist_ok=True)
+    credentials = {"claudeAiOauth": {**sign_in, "scopes": ["user:inference"], "subscriptionType": "max"}}
+    (folder / "claude/.credentials.json").write_text(json.dumps(credentials))
+    resets = int(time.time()) + 8
+    unified = {"status": "rejected", "reset": str(resets), "representative_claim": "five_hour"}
+    headers = {f"anthropic_ratelimit_unified_{name}": value for name, value in unified.items()}
+    api.fail(429, "rate_limit_error", "no", **headers)
+    message = host.put("hello")
+    host.wait_state("rate_limited")
+    report = next(state for state in host.states if state["state"] == "rate_limited")
+    assert datetime.fromisoformat(report["until"]).timestamp() == resets + 1
+    assert report["signed_in_until"] and report["signed_in_renews"]
+    api.work()
+    host.wait_acked(message)
+    assert time.time() >= resets and host.mail[message]["blamed"] == 0
+    host.wait_state("idle")
+
+
+def test_a_conversation_that_is_too_long_gives_way_to_a_new_one(harness: Harness, api: Api) -> None:
+    host = harness.host
+    host.wait_acked(host.put("one"))
+    api.fail(400, "invalid_request_error", "prompt is too long: 250000 tokens > 200000 maximum")
+    message = host.put("two")
+    assert host.wait_event("turn_end", outcome="failed")["class"] == "prompt_too_long"
+    api.work()
+    host.wait_acked(message)
+    assert f"Your notes are in {harness.state}/notes.md" in api.said() and "> one" not in api.said()
+
+
+def test_words_of_failures_in_an_agents_own_text_change_nothing(harness: Harness, api: Api) -> None:
+    host = harness.host
+    words = "API Error: 429 rate_limit. You've hit your session limit. authentication_failed, prompt_too_long: 401"
+    host.wait_acked(host.put(script({"text": words}), "bob"), host.put(words, "bob"))
+    host.wait_text(words)
+    host.wait_state("idle")
+    assert not host.of("turn_end", outcome="failed")
+    assert {state["state"] for state in host.states} <= {"idle", "working"}
+
+
+def test_more_tool_servers(folder: Path, api: Api) -> None:
+    harness = Harness(folder, claude=str(CLAUDE))
+    servers = {"again": {"command": HARNESS[0], "args": [*HARNESS[1:], "mcp"]}}
+    harness.env["HYPERHIVE_MCP_SERVERS"] = json.dumps({"mcpServers": servers})
+    call = {"tools": [{"name": "mcp__again__whoami", "input": {}}]}
+    with harness:
+        harness.host.wait_acked(harness.host.put(script(call, {"text": "So that is me."})))
+        harness.host.wait_text("So that is me.")
+        assert '"name":"alice"' in harness.host.wait_event("tool_result")["output"]
+
+
+def test_an_idle_hive_asks_the_model_nothing(folder: Path, api: Api) -> None:
+    settings = {"claude": str(CLAUDE), "rehearsal": False, "environment_file": str(folder / "environment")}
+    with Hive(folder) as hive:
+        hive.stop()
+        hive.configure(**settings)
+        hive.start().spawn("alice", "bob", running=True)
+        time.sleep(2)
+        assert not api.requests
+        hive.ask(cmd="send", to="alice", body="hello")
+        wait_for(lambda: hive.api("GET", "/api/usage").body["usage"], "the turn", timeout_s=30)
+        asked = len(api.requests)
+        assert asked
+        time.sleep(6)  # her Claude stays warm, and silent
+        assert len(api.requests) == asked
 
 
 def test_an_unknown_session_begins_a_new_one(harness: Harness) -> None:

@@ -9,7 +9,9 @@ first step answers the first request after that message, the second the second, 
     tools     [{"name", "input"}] it calls
     delay     seconds before the answer begins
 
-Without a script the answer is that there was none. `Api.fail` makes requests fail instead.
+Without a script the answer is that there was none. `Api.fail` makes requests fail instead, and `Api.manner` says how
+answers are sent: "well", "slow" (in pieces, with pauses), "cut" (the connection ends in the middle), or "hang" (never,
+until it is "well" again).
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Api(http.server.ThreadingHTTPServer):
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.requests: list[Json] = []
-        self.failure: tuple[int, str, str] | None = None
+        self.failure: tuple[int, str, str, dict[str, str]] | None = None
+        self.manner = "well"
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
     @property
@@ -44,17 +47,22 @@ class Api(http.server.ThreadingHTTPServer):
         self._thread.start()
         return self
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client that was killed, or tired of waiting
+            super().handle_error(request, client_address)
+
     def stop(self) -> None:
+        self.work()
         self.shutdown()
         self.server_close()
         self._thread.join()
 
-    def fail(self, status: int, kind: str, message: str) -> None:
+    def fail(self, status: int, kind: str, message: str, **headers: str) -> None:
         """From now on every request for a message fails like this, until `work`."""
-        self.failure = (status, kind, message)
+        self.failure = (status, kind, message, headers)
 
     def work(self) -> None:
-        self.failure = None
+        self.failure, self.manner = None, "well"
 
     def said(self) -> str:
         """All that the model has been given in its last request, as one text."""
@@ -80,9 +88,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.server.requests.append(request)
         if self.server.failure:
-            status, kind, message = self.server.failure
-            self.answer({"type": "error", "error": {"type": kind, "message": message}}, status)
+            status, kind, message, headers = self.server.failure
+            self.answer({"type": "error", "error": {"type": kind, "message": message}}, status, headers)
             return
+        while self.server.manner == "hang":
+            time.sleep(0.05)
         step = next_step(request["messages"])
         time.sleep(step.get("delay", 0))
         message = as_message(step, request)
@@ -91,9 +101,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.answer(message)
 
-    def answer(self, value: Json, status: int = 200) -> None:
+    def answer(self, value: Json, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
+        for name, content in (headers or {}).items():
+            self.send_header(name.replace("_", "-"), content)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -109,6 +121,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for event in events(message):
             self.wfile.write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode())
             self.wfile.flush()
+            if self.server.manner == "slow":
+                time.sleep(0.3)
+            elif self.server.manner == "cut" and event["type"] == "content_block_delta":
+                return
 
 
 def texts(message: Json) -> str:
