@@ -208,8 +208,8 @@ def test_a_change_and_back(box: Box) -> None:
 
 
 def test_two_deploys_at_once(box: Box) -> None:
-    slow = built_by("echo building; sleep 1; mkdir $out")
-    approvals = [proposal(box, name, painted(f"{name}s", slow)) for name in ("alice", "bob")]
+    slow = {name: built_by(f"sleep 1; echo {name} > $out") for name in ("alice", "bob")}
+    approvals = [proposal(box, name, painted(f"{name}s", build)) for name, build in slow.items()]
     deploys = [ended(box, deploy) for deploy in [approved(box, approval) for approval in approvals]]
     assert [deploy["phase"] for deploy in deploys] == ["deployed", "deployed"]
     assert max(deploy["started_at"] for deploy in deploys) < min(deploy["ended_at"] for deploy in deploys)
