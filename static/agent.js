@@ -164,7 +164,8 @@ function state_panel(agent, base, { first = null, last = null }) {
           context_bar(agent),
         ),
       fact("today", cost_words(agent)),
-      agent.signed_in_until && fact("signed in", `until ${clock(agent.signed_in_until)}`),
+      agent.signed_in_until &&
+        fact("signed in", agent.signed_in_renews ? "renews itself" : `until ${clock(agent.signed_in_until)}`),
       agent.deployed_sha && fact("deployed", h("code", null, short_sha(agent.deployed_sha))),
       agent.pending_reminders > 0 && fact("reminders", agent.pending_reminders),
       agent.unread > 0 && fact("waiting mail", agent.unread),
@@ -251,7 +252,7 @@ export function agent_main(agent, transcript, where, crumbs) {
         " ",
         h("span", { class: "dim" }, state_words(agent), " ", ago(agent.state_since, "for")),
       ),
-      h("span", { class: "dim" }, agent.until && `until ${clock(agent.until)}`),
+      h("span", { class: "dim" }, agent.until && ["goes on at ", clock(agent.until), ", ", ago(agent.until, "until")]),
       plain("State", () => toggle("side", !toggled("side")), {
         kind: "small narrow",
         "aria-expanded": String(toggled("side")),
@@ -259,6 +260,7 @@ export function agent_main(agent, transcript, where, crumbs) {
     ),
     agent.status_text && h("p", { class: "status dim" }, agent.status_text),
     agent.rehearsal && h("p", { class: "rehearsal" }, REHEARSAL),
+    agent.attached && h("p", { class: "reason-line warn" }, "Somebody is at its keyboard; its mail waits."),
     calm(agent) && h("p", { class: `reason-line ${agent.state === "failed" ? "bad" : "dim"}` }, agent.state_reason),
     wants_signin(agent) && panel({ class: "pad" }, signin(agent, where.base)),
     panel({ class: "transcript-panel" }, transcript.draw(), composer(agent, where)),

@@ -2,8 +2,8 @@
 
 import { h, render } from "./dom.js";
 import { dollars, set_clock } from "./text.js";
-import { logo, panel, toggled } from "./parts.js";
-import { begin, get, Stream, take_token_from_address } from "./api.js";
+import { button, logo, panel, toggled } from "./parts.js";
+import { begin, get, post, Stream, take_token_from_address } from "./api.js";
 import { changed, connected, draw_with, state } from "./store.js";
 import { banner, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
 import { agent_main, agent_side } from "./agent.js";
@@ -101,9 +101,17 @@ function page() {
     h(
       "aside",
       { class: `column-side ${toggled("side") ? "shown" : ""}`, "aria-label": "State" },
-      agent_side(agent, "/api", threads),
+      agent_side(agent, "/api", threads, { first: pause_lever() }),
     ),
   );
+}
+
+function pause_lever() {
+  const [action, label] = agent.paused ? ["resume", "Resume"] : ["pause", "Pause"];
+  return button(`agent:${agent.name}`, label, () => post(`/api/${action}`), {
+    kind: "small",
+    name: `${label} ${agent.name}`,
+  });
 }
 
 // ── Start ────────────────────────────────────────────────────────────────────────────────────────

@@ -208,16 +208,13 @@ function changes(row) {
   return h(
     "div",
     { class: "changes" },
-    more.diff &&
-      h(
-        "p",
-        { class: "card-line dim" },
-        more.files.length > 1 && plural(more.files.length, "file"),
-        split_switch(),
-      ),
+    more.diff && (more.files.length > 1 || split_switch()) && diff_top(more.files),
     more.diff && diff_view(`diff:${row.id}:${more.digest}`, more.diff, { at: error_mark(row) }),
   );
 }
+
+const diff_top = (files) =>
+  h("p", { class: "card-line dim" }, files.length > 1 && plural(files.length, "file"), split_switch());
 
 function background(row) {
   const { row: more } = detail(row.id, row.digest);

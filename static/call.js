@@ -77,8 +77,10 @@ const NOTICES = {
   needs_login: {
     label: "Sign-in",
     tone: "bad",
-    title: (row) =>
-      agent_named(row.agent)?.state === "signing_in" ? `${row.agent} signs in` : `${row.agent} is signed out`,
+    title: (row) => {
+      if (agent_named(row.agent)?.state === "signing_in") return `${row.agent} signs in`;
+      return row.key.startsWith("sign_in_ends") ? `${row.agent}'s sign-in ends soon` : `${row.agent} is signed out`;
+    },
   },
   failed: { label: "Failed", tone: "bad", title: (row) => `${row.agent} failed` },
   rate_limited: { label: "Limit", tone: "warn", title: (row) => `${row.agent} is at its limit` },
@@ -87,7 +89,7 @@ const NOTICES = {
     tone: "warn",
     title: (row) => (row.agent ? `${row.agent} was paused` : "agents were paused"),
   },
-  budget: { label: "Budget", tone: "warn", title: (row) => `${row.agent} has spent its budget` },
+  budget: { label: "Budget", tone: "warn", title: (row) => `the budget of ${row.agent ?? "the hive"}` },
   dead_letter: {
     label: "Undelivered",
     tone: "bad",

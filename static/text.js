@@ -8,7 +8,8 @@ import { h, visible } from "./dom.js";
 const FENCE = /^```[^\n]*\n([\s\S]*?)(?:\n```[ \t]*$|(?![\s\S]))/gm;
 const INLINE = /`([^`\n]+)`|\*\*([^*\n]+)\*\*|(https?:\/\/[^\s<>"'`]+[^\s<>"'`.,;:!?)\]}])/g;
 
-export function prose(text, props = {}) {
+/** `caret` stands at the end of what is still being written. */
+export function prose(text, { caret = null, ...props } = {}) {
   const source = visible(text ?? "");
   const blocks = [];
   let at = 0;
@@ -17,6 +18,8 @@ export function prose(text, props = {}) {
     at = match.index + match[0].length;
   }
   blocks.push(...paragraphs(source.slice(at)));
+  if (caret && blocks.length === 0) blocks.push(h("p", null, caret));
+  else if (caret) blocks.push(h(blocks.at(-1).tag, null, blocks.pop().children.map(([, child]) => child), caret));
   if (!blocks.length) return null;
   return h("div", { ...props, class: `prose ${props.class ?? ""}` }, blocks);
 }

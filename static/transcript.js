@@ -5,14 +5,19 @@
 
 import { h, memo } from "./dom.js";
 import { ago, clock, count, dollars, duration, plural, prose, prose_preview } from "./text.js";
-import { button, plain, refusal, toggle, toggled, toggles_made } from "./parts.js";
+import { act, button, is_busy, plain, refusal, toggle, toggled, toggles_made } from "./parts.js";
 import { changed } from "./store.js";
 import { tool_box } from "./tools.js";
 
 const OPEN_TURNS = 3;
 const STEPS_SHOWN = 150;
-const PAGE = 300;
+const PAGE = 500;
 const LATE_MS = 2000; // what the hive no longer keeps is asked of the agent and comes over the stream
+
+let scrolled_up = false;
+addEventListener("wheel", ({ deltaY }) => (scrolled_up = deltaY < 0), { passive: true });
+addEventListener("touchmove", () => (scrolled_up = true), { passive: true });
+addEventListener("keydown", ({ key }) => ["PageUp", "Home", "ArrowUp"].includes(key) && (scrolled_up = true));
 
 export class Transcript {
   /** `fetch_older(before, max)` → promise of events, oldest first. */
@@ -82,6 +87,16 @@ export class Transcript {
     );
   }
 
+  /** Who scrolls up to the beginning is given what was before; who has not scrolled is not. */
+  fetch_when_seen(dom) {
+    const look = ([{ isIntersecting }]) => {
+      if (!dom.isConnected) return watch.disconnect();
+      if (isIntersecting && scrolled_up && !is_busy(this.key)) act(this.key, "Earlier…", () => this.earlier());
+    };
+    const watch = new IntersectionObserver(look, { rootMargin: "200px" });
+    watch.observe(dom);
+  }
+
   draw() {
     const turns = [...this.turns.values()].sort((a, b) => a.events[0].id - b.events[0].id);
     const last = turns.at(-1);
@@ -92,7 +107,7 @@ export class Transcript {
         turns.length > 0 &&
         h(
           "div",
-          { class: "earlier" },
+          { class: "earlier", made: (dom) => this.fetch_when_seen(dom) },
           button(this.key, "Earlier…", () => this.earlier(), { kind: "small" }),
           refusal(this.key),
         ),
@@ -111,6 +126,8 @@ export class Transcript {
     );
   }
 }
+
+const CARET = h("span", { key: "caret", class: "cursor", "aria-hidden": "true" });
 
 // ── A turn ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -137,14 +154,7 @@ function draw_turn(key, turn, { open, all, partial }) {
           ),
         steps.slice(hidden).map(draw_step),
         partial &&
-          step_row(
-            "",
-            h(
-              "div",
-              { class: "prose live-text" },
-              h("p", null, partial, h("span", { class: "cursor", "aria-hidden": "true" })),
-            ),
-          ),
+          step_row("", prose(partial, { class: "live-text", caret: CARET }), { key: "partial" }),
         end &&
           end.data.outcome !== "done" &&
           step_row(

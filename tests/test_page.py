@@ -23,8 +23,9 @@ VIEWS = ("call", "approvals", "agents", "agents/manager", "flow", "deploys", "us
 
 
 @pytest.fixture
-def hive(folder: Path) -> Iterator[Hive]:
+def hive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hive]:
     """A running hive without agents, in which an approval can be undone for a moment only."""
+    monkeypatch.setenv("HYPERHIVE_REHEARSAL_SPEED", "0.2")
     with Hive(folder, undo_s=1.0) as running:
         yield running
 

@@ -1,0 +1,156 @@
+"""One agent in a real browser, while it writes, waits, signs in, and when it has written a lot."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import browserbox
+import pytest
+from browserbox import Tab, rehearse, row_of, spawn
+from hive import Hive, wait_for
+from playwright.sync_api import expect
+
+browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
+
+MANY = 100_000
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[Hive]:
+    """One hive with a running alice for the module; its rehearsal writes as fast as a person reads."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="hh-", dir="/tmp") as place:
+        patch.setenv("HYPERHIVE_REHEARSAL_SPEED", "1")
+        with Hive(Path(place)) as hive:
+            spawn(hive, "alice")
+            yield hive
+
+
+@pytest.fixture(params=["dashboard", "own page"])
+def tab(request: pytest.FixtureRequest, team: Hive, open_tab: Callable[..., Tab]) -> Tab:
+    """Alice on the dashboard, and on her own page."""
+    if request.param == "own page":
+        return open_tab(row_of(team, "alice")["url"])
+    tab = open_tab(f"{team.url}/#token={team.token}")
+    tab.go("agents/alice")
+    return tab
+
+
+def test_text_is_shown_while_it_is_written(team: Hive, tab: Tab) -> None:
+    words = " ".join(f"word{number}" for number in range(60))
+    team.cli("send", "alice", rehearse({"text": words}))
+    writing = tab.page.locator(".live-text")
+    expect(writing).to_contain_text("word5")
+    expect(writing.locator(".cursor")).to_be_visible()
+    expect(writing).not_to_contain_text("word59")
+    turn = tab.page.locator("section.turn").last
+    expect(turn.locator(".prose").last).to_contain_text("word59")
+    expect(writing).to_have_count(0)
+    expect(turn.locator(".turn-line")).not_to_contain_text("running")
+    assert turn.locator(".step").filter(has_text="word59").count() == 2  # the mail that asked for it, and the text
+
+
+def test_it_is_paused_and_given_another_model(team: Hive, tab: Tab) -> None:
+    side = tab.page.get_by_role("complementary")
+    side.get_by_role("button", name="Pause alice").click()
+    expect(tab.page.locator(".agent-heading")).to_contain_text("paused")
+    side.get_by_role("button", name="Resume alice").click()
+    expect(tab.page.locator(".agent-heading")).to_contain_text("idle")
+    side.get_by_role("button", name="Model").click()
+    side.get_by_label("Model for alice").fill("opus")
+    side.get_by_role("button", name="Set model").click()
+    expect(side.get_by_label("Model for alice")).to_have_count(0)
+    expect(side.locator(".fact").filter(has_text="context")).to_contain_text("% of")
+
+
+def test_a_sign_in_through_the_page(team: Hive, tab: Tab) -> None:
+    page = tab.page
+    page.get_by_role("button", name="Sign in", exact=True).click()
+    page.get_by_role("button", name="Sign alice in").click()
+    expect(page.get_by_role("link", name="https://rehearsal.invalid/sign-in")).to_be_visible()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Sign alice in").click()
+    page.get_by_label("Code for alice").fill("right#state")
+    page.get_by_role("button", name="Finish").click()
+    expect(page.get_by_label("Code for alice")).to_have_count(0)
+    wait_for(lambda: row_of(team, "alice")["state"] == "idle", "alice to be idle")
+
+
+def test_what_a_sub_agent_does_stands_below_its_call(team: Hive, open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab(f"{team.url}/#token={team.token}")
+    tab.go("agents/alice")
+    call = {"tool_use_id": "outer", "name": "Task", "input": {"description": "look it up"}}
+    inner = {"tool_use_id": "inner", "name": "Bash", "input": {"command": "ls"}, "parent": "outer"}
+    told = [
+        ("tool_call", call),
+        ("text", {"text": "I look.", "parent": "outer"}),
+        ("tool_call", inner),
+        (
+            "tool_result",
+            {"tool_use_id": "inner", "output": "a file", "is_error": False, "parent": "outer", "images": 2},
+        ),
+        ("tool_result", {"tool_use_id": "outer", "output": "found", "is_error": False}),
+    ]
+    at, first = "2026-01-01T00:00:00Z", int(time.time())
+    events = [
+        {"id": first + number, "at": at, "turn": 999_999, "kind": kind, "data": data}
+        for number, (kind, data) in enumerate(told)
+    ]
+    with team.agent("alice") as alice:
+        assert alice.ask("report", events=events)["ok"]
+    outer = tab.page.locator(".tool").filter(has_text="look it up").first
+    expect(outer).not_to_contain_text("I look.")
+    outer.get_by_role("button", name="sub-agent, 2 steps").click()
+    expect(outer).to_contain_text("I look.")
+    expect(outer.locator(".tool")).to_contain_text("2 pictures")
+
+
+def test_a_limit_says_when_it_goes_on_by_itself(team: Hive, tab: Tab) -> None:
+    """The last but one here: the mail that fails so is kept, and tried again after each limit."""
+    team.cli("send", "alice", rehearse({"fail": "rate_limit", "resets_in_s": 30}))
+    heading = tab.page.locator(".agent-heading")
+    expect(heading).to_contain_text("at its limit")
+    expect(heading).to_contain_text(re.compile(r"goes on at \d\d:\d\d, in \d+ s"))
+
+
+def test_a_hundred_thousand_events_open_at_once_and_are_paged_back(
+    folder: Path, open_tab: Callable[..., Tab], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Hive(folder) as hive:
+        hive.spawn("alice")
+        store = hive.state / "agents" / "alice" / "state" / "hyperhive-events.sqlite"
+        now_ms = int(time.time() * 1000)
+        rows = [(now_ms, 1000 + n // 20, "text", json.dumps({"text": f"line {n}"})) for n in range(MANY)]
+        with closing(sqlite3.connect(store)) as database, database:
+            database.executemany("INSERT INTO events(at_ms, turn, kind, json) VALUES(?, ?, ?, ?)", rows)
+        assert hive.api("POST", "/api/agents/alice/start", {}).status == 200
+        wait_for(lambda: row_of(hive, "alice")["state"] == "idle", "alice to be idle")
+        tab = open_tab(row_of(hive, "alice")["url"])
+        expect(tab.page.get_by_text(f"line {MANY - 1}", exact=True)).to_be_visible()
+        took_ms = tab.page.evaluate(
+            """() => new Promise((resolve) => {
+              const look = () => document.querySelector("section.turn")
+                ? resolve(performance.now() - performance.getEntriesByType("navigation")[0].startTime)
+                : requestAnimationFrame(look);
+              look();
+            })"""
+        )
+        turns = tab.page.locator("section.turn")
+        for _ in range(4):  # by the wheel, as a person would
+            before = turns.count()
+            tab.page.mouse.move(400, 400)
+            for _ in range(40):
+                tab.page.mouse.wheel(0, -3000)
+                tab.page.wait_for_timeout(50)
+                if turns.count() > before:
+                    break
+            wait_for(lambda: turns.count() > before, "earlier turns")  # noqa: B023 - called at once
+        with capsys.disabled():
+            print(f" [{MANY} events: {turns.count()} turns shown, first after at most {took_ms:.0f} ms]", end="")
+        tab.expected = ["ERR_"]  # the hive of this test goes before its page
