@@ -112,10 +112,10 @@ Delegate=yes
 DevicePolicy=closed
 """
 
-# What runs a box. It has processes of its own, of which this is the first: when it ends, so do they all, and it ends
-# with the process that began it. With status 133 nspawn says that the box wants to boot again.
-RUNNER = ["setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-uc"]
-RUNNER.append('echo 0 > "$0/cgroup.procs"; while "$@"; [ $? = 133 ]; do :; done')
+# A command with processes and mounts of its own, which go with it; and it goes with the process that began it.
+ALONE = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+# With this status nspawn says that the box wants to boot again.
+RUNNER = (*ALONE, "sh", "-uc", 'echo 0 > "$0/cgroup.procs"; while "$@"; [ $? = 133 ]; do :; done')
 
 # Files of the box: a text, or what a link points at.
 FILES = {
@@ -169,7 +169,7 @@ def remove_leftovers(*, but: Path) -> None:
 def debootstrap(target: Path) -> None:
     target.mkdir(parents=True)
     ran = subprocess.run(
-        ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(target)],
+        [*ALONE, "debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(target)],
         env=outer_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if ran.returncode != 0:
@@ -320,10 +320,6 @@ class Box:
     def ask(self, **request: Any) -> dict[str, Any]:
         with Line(self.path("/run/hyperhive/host.sock")) as line:
             return line.ask(**request)
-
-    def agent(self, name: str) -> Line:
-        """A connection to an agent's socket, as that agent."""
-        return Line(self.path(f"/run/hyperhive/agents/{name}/hive.sock"))
 
 
 def lay_out(root: Path) -> None:
