@@ -132,6 +132,7 @@ class Config:
     domains: tuple[str, ...] = ()
     containers: str = "nixos"
     conf_dir: Path = Path("/etc/nixos-containers")
+    profiles_dir: Path = Path("/nix/var/nix/profiles/per-container")
     unit_dir: Path = Path("/run/systemd/system")
     private_users: str = "pick"
     memory_max: str = "4G"
@@ -3091,7 +3092,6 @@ def deploy_flake(config: Config, name: str, sha: str, repository: Path | None = 
 
 
 TOPLEVEL: Final = "nixosConfigurations.container.config.system.build.toplevel"
-PROFILES: Final = Path("/nix/var/nix/profiles/per-container")
 
 
 class NixosContainers:
@@ -3293,7 +3293,7 @@ class NixosContainers:
         self._try(trial, say, stop, "nix", "eval", "--raw", f"{trial.folder}#{TOPLEVEL}.drvPath")
 
     def try_build(self, trial: Trial, say: Say, stop: threading.Event) -> list[str]:
-        result, runs = trial.folder / "result", PROFILES / f"h-{trial.name}" / "system"
+        result, runs = trial.folder / "result", self._config.profiles_dir / f"h-{trial.name}" / "system"
         build = ("nix", "build", "--print-build-logs", "--max-jobs", "1", "--out-link", str(result))
         self._try(trial, say, stop, *build, f"{trial.folder}#{TOPLEVEL}")
         if not runs.exists():

@@ -37,6 +37,7 @@ class NixosHive(Hive):
             **{
                 "conf_dir": str(self.etc),
                 "unit_dir": str(self.nixos / "run"),
+                "profiles_dir": str(self.nixos / "nix/state/profiles/per-container"),
                 "source": str(self.source),
                 "nixpkgs": str(self.nixos / "nixpkgs"),
                 "nixpkgs_unstable": f"path:{self.nixos / 'nixpkgs'}",
