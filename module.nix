@@ -133,7 +133,7 @@ let
         nixpkgs = mkDefault hostNixpkgs;
         port = cfg.dashboardPort;
         listen_address = cfg.listenAddress;
-        inherit (cfg) domains;
+        inherit (cfg) domains precheck;
         memory_max = defaults.memoryMax;
         cpu_quota = defaults.cpuQuota;
         tasks_max = defaults.tasksMax;
@@ -375,6 +375,20 @@ in
       description = ''
         Users who may use the command line without being root. They are operators: whoever approves configurations
         can become root in every agent's container.
+      '';
+    };
+
+    precheck = mkOption {
+      type = types.enum [
+        "build"
+        "eval"
+        "off"
+      ];
+      default = "build";
+      example = "eval";
+      description = ''
+        What the host finds out about a config while the request for it waits: whether it builds and what that
+        would change, whether it evaluates, or nothing. At low priority, one at a time; it never decides.
       '';
     };
 
