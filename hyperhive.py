@@ -5879,7 +5879,8 @@ class HostConnection(Connection):
         self.sock.close()
 
     def agents(self, f: Fields) -> Json:
-        return {"agents": self._s.views.agents(kept=f.flag("kept"))}
+        rows = self._s.views.agents(kept=f.flag("kept"))
+        return {"agents": rows, "containers": self._s.agents.containers.label}
 
     def urls(self, f: Fields) -> Json:
         return {"urls": {"domain": self._s.config.page_host, "home": self._s.config.home_url}}
@@ -7334,12 +7335,12 @@ def cli_doctor(cli: Cli) -> None:
         raise Refused("conflict", "some of this wants your attention")
 
 
+def finding(check: str, found: str, fix: str, *, ok: bool) -> Json:
+    return {"check": check, "ok": ok, "found": found} | ({} if ok else {"fix": fix})
+
+
 def doctor(config: Config) -> Iterator[Json]:
     """What a user can get wrong, each with its remedy."""
-
-    def finding(check: str, found: str, fix: str, *, ok: bool) -> Json:
-        return {"check": check, "ok": ok, "found": found} | ({} if ok else {"fix": fix})
-
     python = sys.version.split()[0]
     yield finding("Python", python, "use Python 3.11 or newer", ok=sys.version_info >= (3, 11))
     for module in ("bottle", "waitress"):
@@ -7349,22 +7350,7 @@ def doctor(config: Config) -> Iterator[Json]:
     yield finding(
         "git", git_path or "missing", "install git, or set HYPERHIVE_GIT to its absolute path", ok=bool(git_path)
     )
-    claude = shutil.which(shlex.split(config.claude)[0])
-    yield finding(
-        "Claude Code", claude or f"{config.claude} is missing", "install it, or set `claude`", ok=bool(claude)
-    )
-    try:
-        agents = ask_daemon(config, cmd="list")["agents"]
-        yield finding("daemon", f"answers; {len(agents)} agents", "", ok=True)
-    except Refused as error:
-        yield finding("daemon", error.message, error.hint, ok=False)
-        holder = port_holder(config.port)
-        yield finding(
-            "port",
-            f"{config.port} is {'taken' + holder if holder else 'free'}",
-            "choose another with --port",
-            ok=not holder,
-        )
+    yield from doctor_daemon(config)
     folder = next(path for path in (config.state_dir, *config.state_dir.parents) if path.exists())
     free = shutil.disk_usage(folder).free / 1e9
     yield finding(
@@ -7373,6 +7359,49 @@ def doctor(config: Config) -> Iterator[Json]:
     if config.token_file.exists():
         mode = stat.S_IMODE(config.token_file.stat().st_mode)
         yield finding("token file", f"mode {mode:o}", f"chmod 600 {config.token_file}", ok=not mode & 0o077)
+
+
+def doctor_daemon(config: Config) -> Iterator[Json]:
+    """The daemon, and whatever runs its agents: it knows that better than a settings file that we may not have."""
+    containers, agents = config.containers, None
+    try:
+        answer = ask_daemon(config, cmd="agents")
+        agents, containers = [row["name"] for row in answer["agents"]], answer["containers"]
+        signed_out = [row["name"] for row in answer["agents"] if row["needs_login"]]
+        yield finding("daemon", f"answers; {len(agents)} agents", "", ok=True)
+        found = f"wanted by {', '.join(signed_out)}" if signed_out else "nobody waits for one"
+        yield finding("sign-in", found, "sign in from the dashboard or the agent's page", ok=not signed_out)
+    except Refused as error:
+        yield finding("daemon", error.message, error.hint, ok=False)
+        holder = port_holder(config.port)
+        found = f"{config.port} is {'taken' + holder if holder else 'free'}"
+        yield finding("port", found, "choose another with --port", ok=not holder)
+    yield from doctor_processes(config) if containers == "process" else doctor_nixos(config, agents)
+
+
+def doctor_processes(config: Config) -> Iterator[Json]:
+    claude = shutil.which(shlex.split(config.claude)[0])
+    found = claude or f"{config.claude} is missing"
+    yield finding("Claude Code", found, "install it, or set `claude`", ok=bool(claude))
+
+
+def doctor_nixos(config: Config, agents: list[str] | None) -> Iterator[Json]:
+    program = shutil.which("nixos-container")
+    remedy = "set boot.enableContainers on NixOS; elsewhere say --containers process"
+    yield finding("nixos-container", program or "missing", remedy, ok=bool(program))
+    if shutil.which("nix"):
+        shown = run(["nix", "show-config"], env=dict(os.environ), timeout_s=20, accept=range(256))  # 1: not enabled
+        words = shown.text.partition("experimental-features =")[2].partition("\n")[0].split()
+        flakes = {"flakes", "nix-command"} <= set(words)
+        remedy = 'set nix.settings.experimental-features = [ "nix-command" "flakes" ]'
+        yield finding("flakes", "enabled" if flakes else "not enabled", remedy, ok=flakes)
+    else:
+        yield finding("Nix", "missing", "install Nix", ok=False)
+    if agents is not None:
+        there = {path.stem.removeprefix("h-") for path in config.conf_dir.glob("h-*.conf")}
+        left = sorted(there - set(agents))
+        remedy = "nixos-container destroy NAME, if nobody needs it"
+        yield finding("leftover containers", ", ".join(f"h-{name}" for name in left) or "none", remedy, ok=not left)
 
 
 def importlib_has(module: str) -> bool:

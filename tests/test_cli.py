@@ -50,7 +50,7 @@ def answers(crew: Hive) -> Iterator[tuple[list[str], set[str], str]]:
             str(manager.ask("request_spawn", name=name, description="helps us", config="{ }\n")["id"])
             for name in ("shown", "approved", "denied")
         )
-    yield ["list"], {"agents"}, "alice"
+    yield ["list"], {"agents", "containers"}, "alice"
     yield ["status"], {"agent_statuses", "approvals", "questions"}, "wait for you"
     yield ["status", "alice"], {"agent"}, "stopped"
     yield ["pending"], {"approvals", "questions"}, "Which one?"
@@ -316,7 +316,7 @@ def test_doctor(hive: Hive, folder: Path) -> None:
     with socket.create_server(("127.0.0.1", free_ports())) as taken:
         port = taken.getsockname()[1]
         settings = folder / "other.toml"
-        settings.write_text(f"port = {port}\nclaude = '/nowhere/claude'\n")
+        settings.write_text(f"port = {port}\ncontainers = 'process'\nclaude = '/nowhere/claude'\n")
         command = [*HYPERHIVE, "--dir", str(folder / "other"), "--config", str(settings), "doctor", "--json"]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert ran.returncode == 1

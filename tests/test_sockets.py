@@ -72,7 +72,7 @@ def test_each_verb_answers_with_its_key(crew: Hive, folder: Path) -> None:
     once: list[tuple[dict[str, Any], set[str]]] = [
         ({"cmd": "list"}, {"agents"}),
         ({"cmd": "agent_status"}, {"agent_statuses"}),
-        ({"cmd": "agents"}, {"agents"}),
+        ({"cmd": "agents"}, {"agents", "containers"}),
         ({"cmd": "urls"}, {"urls"}),
         ({"cmd": "pending"}, {"approvals", "questions"}),
         ({"cmd": "show", "id": a_request(crew)}, {"approval"}),
