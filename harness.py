@@ -35,7 +35,6 @@ import argparse
 import base64
 import collections
 import contextlib
-import dataclasses
 import datetime
 import enum
 import errno
@@ -644,8 +643,8 @@ class MailLink(threading.Thread):
 # ──────────────────────────────────────────────────────────────────────────────
 # Three traps. Tools run in sessions of their own, so a killed Claude leaves them running: they are found
 # by a mark in their environment. A line that is not JSON kills the command. And a user line
-# whose uuid the conversation knows is echoed and dropped: so mail that comes again is given under the uuid it had,
-# and stands in the conversation once; what starts the turn is then a line of our own.
+# whose uuid the conversation knows is echoed but starts no turn, while lines that wait are merged under one uuid: so
+# uuids can't tell what the conversation holds. Its transcript does.
 
 STREAM_OPTIONS: Final = (
     "-p",
@@ -1024,16 +1023,6 @@ def translate_result(line: Fields) -> Ended:
 
 
 @dataclass(frozen=True)
-class UserLine:
-    """What Claude is told; one that starts no turn waits in the conversation for the line that does."""
-
-    uuid: str
-    text: str
-    ids: tuple[int, ...] = ()  # of the mail in it
-    starts_turn: bool = True
-
-
-@dataclass(frozen=True)
 class FromClaude:
     process: ClaudeProcess
     event: StreamEvent
@@ -1070,10 +1059,11 @@ class ClaudeProcess:
             thread.start()
         self.control("initialize", sdkMcpServers=["hive"])
 
-    def user(self, line: UserLine) -> None:
-        quiet = {} if line.starts_turn else {"shouldQuery": False}
-        message = {"role": "user", "content": line.text}
-        self._send({"type": "user", "message": message, "uuid": line.uuid, **quiet})
+    def user(self, text: str) -> str:
+        """Returns the uuid by which it is echoed once it has entered the conversation."""
+        identity = str(uuid.uuid4())
+        self._send({"type": "user", "message": {"role": "user", "content": text}, "uuid": identity})
+        return identity
 
     def control(self, subtype: str, **fields: Any) -> None:
         request = {"subtype": subtype, **fields}
@@ -1263,6 +1253,46 @@ class Session:
             write_atomically(self.path, encode(value))
         except OSError as problem:  # a full disk must not stop the agent; the cost is a new conversation later
             log(f"{self.path} is not saved: {problem}")
+
+
+def headings_in(claude_folder: Path, session: str) -> set[str]:
+    """The headings of all mail that stands in a session's conversation, since that was compacted last.
+
+    The only reader of Claude's own files. What it does not recognise there is given again, in full.
+    """
+    found: set[str] = set()
+    if not re.fullmatch(r"[0-9a-f-]{36}", session):
+        return found
+    for path in claude_folder.glob(f"projects/*/{session}.jsonl"):
+        with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if '"compact_boundary"' in line or "[message " in line:
+                    take_headings(line, found)
+    return found
+
+
+def take_headings(line: str, found: set[str]) -> None:
+    try:
+        entry = parse_json(line, "a line of the transcript")
+        if entry.value.get("type") == "system" and entry.value.get("subtype") == "compact_boundary":
+            found.clear()
+        found |= {text for text in user_lines(entry) if text.startswith("[message ")}
+    except HarnessError:  # half a line, of a Claude that was killed
+        return
+
+
+def user_lines(entry: Fields) -> Iterator[str]:
+    """What a transcript's entry says in a user's name, line by line: a prompt, or one that came during a turn."""
+    attachment = entry.object("attachment")
+    content: Any = None
+    if entry.value.get("type") == "user":
+        content = entry.object("message").value.get("content")
+    elif entry.value.get("type") == "attachment" and attachment.value.get("type") == "queued_command":
+        content = attachment.value.get("prompt")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, dict) and part.get("type") == "text":
+            yield from str(part.get("text")).splitlines()
 
 
 def cut_texts(value: Any, limit: int) -> Any:
@@ -1566,7 +1596,6 @@ class Turn:
     messages: dict[int, Message]
     uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
     unread: dict[str, tuple[int, ...]] = field(default_factory=dict)  # user lines that Claude has not echoed yet
-    opening: str | None = None  # uuid of the line that starts it: no result before that is echoed is its own
     started: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
     interrupted_by: str | None = None  # operator, watchdog, stop
@@ -1607,48 +1636,47 @@ class Standing:
     until: float | None = None
 
 
-MAIL_UUIDS: Final = uuid.UUID("6f0a3c52-7d5e-4f0e-9b39-8a1f0c2d4e6b")
+def title(message: Message) -> str:
+    """What no other message has: the beginning of its heading."""
+    if message.via_page:
+        kind = f"[message {message.id} typed at your own page by somebody with its link, not verified as the operator"
+    else:
+        kind = f"[message {message.id} from {message.sender}"
+    return f"{kind}, {message.at}"
 
 
 def heading(message: Message) -> str:
-    if message.via_page:
-        parts = [f"message {message.id} typed at your own page by somebody with its link, not verified as the operator"]
-    else:
-        parts = [f"message {message.id} from {message.sender}"]
-    parts.append(message.at)
+    parts = [title(message)]
     if message.kind:
         parts.append(message.kind)
     if message.in_reply_to is not None:
         parts.append(f"in reply to {message.in_reply_to}")
     if message.redelivered:
         parts.append("delivered again: you may have seen it")
-    return "[" + ", ".join(parts) + "]"
+    return ", ".join(parts) + "]"
 
 
-def quoted(message: Message) -> str:
+def as_prompt(messages: Iterable[Message]) -> str:
     """What Claude reads. Bodies are quoted: no text of another agent can pass for a header or a command."""
-    lines = [heading(message), *(f"> {line}" for line in message.body.splitlines())]
-    if message.data:
-        lines.append("data: " + encode(message.data).decode())
-    return "\n".join(lines)
+    blocks = []
+    for message in messages:
+        lines = [heading(message), *(f"> {line}" for line in message.body.splitlines())]
+        if message.data:
+            lines.append("data: " + encode(message.data).decode())
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
 
-def mail_line(message: Message, *, starts_turn: bool) -> UserLine:
-    # Its content is part of the uuid: a database that was put back from a backup gives its numbers out again.
-    identity = uuid.uuid5(MAIL_UUIDS, f"{message.id} {message.at} {message.sender} {message.body}")
-    return UserLine(str(identity), quoted(message), (message.id,), starts_turn)
-
-
-def opening_lines(messages: Iterable[Message]) -> list[UserLine]:
-    """A line a message, of which the last starts the turn; or, if Claude may know some of them, one of ours."""
+def prompt_again(messages: Iterable[Message], conversation: set[str]) -> str:
+    """The same for mail of which the conversation may hold some: that is named, not given a second time."""
     messages = list(messages)
-    again = [message.id for message in messages if message.redelivered]
-    lines = [mail_line(message, starts_turn=False) for message in messages]
-    if not again:
-        return [*lines[:-1], mail_line(messages[-1], starts_turn=True)]
-    which = ", ".join(f"message {number}" for number in again)
+    known = [message for message in messages if any(line.startswith(title(message)) for line in conversation)]
+    if not known:
+        return as_prompt(messages)
+    which = ", ".join(f"message {message.id}" for message in known)
     text = f"[hyperhive: {which} came before, in a turn that did not end. Go on there; repeat nothing that is done.]"
-    return [*lines, UserLine(str(uuid.uuid4()), text)]
+    fresh = as_prompt(message for message in messages if message not in known)
+    return f"{text}\n\n{fresh}" if fresh else text
 
 
 def classify(error: str | None, ended: Ended) -> Failure:
@@ -2037,14 +2065,13 @@ class Agent:
             self._fail(turn, Failure.CANNOT_START, problem.message)
             return
         if not turn.messages:  # a command is not echoed as what it was
-            process.user(UserLine(str(uuid.uuid4()), "/compact"))
+            process.user("/compact")
             return
-        lines = opening_lines(turn.messages.values())
-        turn.opening = lines[-1].uuid
+        mail, conversation = turn.messages.values(), set[str]()
+        if any(message.redelivered for message in mail):
+            conversation = headings_in(self.config.claude_folder, process.launch.session)
         preface, self._preface = self._preface, ""
-        for line in [dataclasses.replace(lines[0], text=preface + lines[0].text), *lines[1:]]:
-            turn.unread[line.uuid] = line.ids
-            process.user(line)
+        turn.unread[process.user(preface + prompt_again(mail, conversation))] = tuple(turn.messages)
 
     def _start_process(self) -> ClaudeProcess:
         if self.hello is None:  # not possible for mail, which comes after it; a page could ask for more
@@ -2067,9 +2094,7 @@ class Agent:
         for message in messages:
             turn.messages[message.id] = self._held.pop(message.id)
         self.journal.record(turn.number, "mail", {"messages": [message.wire for message in messages]})
-        for line in (mail_line(message, starts_turn=True) for message in messages):
-            turn.unread[line.uuid] = line.ids
-            process.user(line)
+        turn.unread[process.user(as_prompt(messages))] = tuple(message.id for message in messages)
 
     def _on_claude(self, process: ClaudeProcess, event: StreamEvent) -> None:
         if self._turn:
@@ -2140,8 +2165,6 @@ class Agent:
         process.answer_tool_server(request_id, self.serve_tools(message) or {"jsonrpc": "2.0", "result": {}, "id": 0})
 
     def _on_ended(self, process: ClaudeProcess, turn: Turn, ended: Ended) -> None:
-        if turn.opening in turn.unread and not ended.is_error:
-            return  # of a line that starts no turn, or of a turn of its own before ours
         cost = self._account(process, turn, ended)
         if not ended.is_error:
             self._finish(turn, "done", cost, ended)
@@ -3164,7 +3187,6 @@ class Rehearsal:
         self._transcript = folder / f"{self._session}.jsonl"
         self._known: set[str] = set()  # uuids of user lines and names of things done once
         self._mail: dict[int, Heard] = {}  # all that the conversation holds
-        self._unplayed: list[int] = []  # what came in lines that start no turn
         self._lines: queue.SimpleQueue[Json | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Json] = queue.SimpleQueue()
         self._interrupt = threading.Event()
@@ -3183,7 +3205,7 @@ class Rehearsal:
         self._transcript.parent.mkdir(parents=True, exist_ok=True)
         for entry in map(json.loads, self._transcript.read_text().splitlines() if resume else ()):
             self._known.add(entry["uuid"])
-            self._mail.update((mail.id, mail) for mail in heard_in(entry["text"]))
+            self._mail.update((mail.id, mail) for mail in heard_in(entry["message"]["content"]))
         return True
 
     def first_time(self, what: str, text: str = "") -> bool:
@@ -3192,7 +3214,8 @@ class Rehearsal:
             return False
         self._known.add(what)
         with self._transcript.open("a") as file:
-            file.write(json.dumps({"uuid": what, "text": text}) + "\n")
+            entry = {"type": "user", "uuid": what, "message": {"role": "user", "content": text}}
+            file.write(json.dumps(entry) + "\n")
         return True
 
     def run(self) -> int:
@@ -3252,10 +3275,6 @@ class Rehearsal:
         end: CutShort | None = None
         self._emit(type="system", subtype="init", model=self._model, tools=[])
         self._replay(line)
-        if line.get("shouldQuery") is False:
-            self._unplayed += [mail.id for mail in heard_in(line["message"]["content"])]
-            self._result(None, 0)
-            return
         scripts = collections.deque(self._scripts(line))
         try:
             self._say_text("This is a rehearsal: a script plays this agent.", pause=False)
@@ -3281,9 +3300,9 @@ class Rehearsal:
             sizes = {"trigger": "manual", "pre_tokens": 2000, "post_tokens": 200}
             self._emit(type="system", subtype="compact_boundary", compact_metadata=sizes)
             return []
-        named = re.findall(r"message (\d+)", prompt) if prompt.startswith("[hyperhive: message") else []
-        ids = [*self._unplayed, *map(int, named), *(mail.id for mail in heard_in(prompt))]
-        self._unplayed = []
+        named = re.search(r"^\[hyperhive: (message.*) came before", prompt)
+        ids = [int(number) for number in re.findall(r"\d+", named[1])] if named else []
+        ids += [mail.id for mail in heard_in(prompt)]
         return [
             play_steps(steps) if (steps := directed(mail.body)) else script_for(self._me, mail, self)
             for mail in (self._mail[number] for number in dict.fromkeys(ids))

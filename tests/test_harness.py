@@ -312,7 +312,7 @@ def test_a_conversation_that_fails_twice_alike_is_begun_anew(harness: Harness) -
 def conversation(harness: Harness) -> list[str]:
     """What Claude was told: the user lines in the transcripts of all its sessions."""
     entries = [line for file in harness.folder.glob("claude/projects/*/*") for line in file.read_text().splitlines()]
-    return [json.loads(line)["text"] for line in entries]
+    return [json.loads(line)["message"]["content"] for line in entries]
 
 
 def test_mail_that_comes_again_stands_in_the_conversation_once(harness: Harness) -> None:
