@@ -89,7 +89,7 @@ function agent_row(agent) {
         plain(open ? "Close" : "Manage", () => toggle(`levers:${agent.name}`, !open), {
           kind: "quiet",
           "aria-expanded": String(open),
-          "aria-label": `Manage ${agent.name}`,
+          "aria-label": `${open ? "Close" : "Manage"} ${agent.name}`,
         }),
       ),
       open &&

@@ -11,6 +11,9 @@ import { detail, forget_details } from "./detail.js";
 import { call_keys, call_view, load_past, past_view, waiting } from "./call.js";
 import { agents_brief, agents_view, load_kept } from "./agents.js";
 import { agent_view, agent_view_side, load_agent, show_agent } from "./agent.js";
+import { help_dialog, help_keys } from "./help.js";
+import { tell_news } from "./notify.js";
+import { load_search, search_view } from "./search.js";
 import { flow_brief, flow_view, mark_read, unread_count } from "./flow.js";
 import { deploys_view } from "./deploys.js";
 import { load_usage, usage_view } from "./usage.js";
@@ -52,6 +55,7 @@ const ROUTES = [
   { path: /^\/deploys$/, tab: "deploys", view: deploys_view },
   { path: /^\/usage$/, tab: "usage", view: usage_view, enter: load_usage },
   { path: /^\/system$/, tab: "system", view: system_view, enter: load_system },
+  { path: /^\/search$/, tab: "search", view: search_view, enter: load_search },
   { path: /^\/more$/, tab: "more", view: more_view },
 ];
 
@@ -86,6 +90,7 @@ const TABS = [
   ["deploys", "Deploys", () => state.deploys.filter((deploy) => is_running_phase(deploy.phase)).length],
   ["usage", "Usage", () => 0, "roomy"],
   ["system", "System", () => 0, "roomy"],
+  ["search", "Search", () => 0, "roomy"],
   ["more", "More", () => 0, "narrow"],
 ];
 
@@ -154,6 +159,7 @@ function more_view() {
         ["usage", "Usage", "what it cost, by agent and day"],
         ["system", "System", "what runs here, schedules, audit"],
         ["approvals", "All requests", "and how they ended"],
+        ["search", "Search", "messages, requests and the audit"],
       ].map(([name, label, about]) =>
         h("a", { class: "row line", href: `#/${name}` }, h("strong", null, label), h("span", { class: "dim" }, about)),
       ),
@@ -175,9 +181,14 @@ function draw() {
     );
   }
   const { route, parts } = where();
-  const count = waiting().length;
+  const rows = waiting();
+  const count = rows.length;
+  tell_news(rows);
   document.title = `${count ? `(${count}) ` : ""}hyperhive`;
-  draw_following(() => render(document.body, top(route.tab), banner(), page(route, parts)), route.follows);
+  draw_following(
+    () => render(document.body, top(route.tab), banner(), page(route, parts), help_dialog()),
+    route.follows,
+  );
   if (route.tab === "flow") mark_read();
 }
 
@@ -237,8 +248,10 @@ const TYPING = "input, textarea, select, [contenteditable]";
 function on_key(event) {
   if (event.key === "Escape" && event.target.matches?.(TYPING)) return event.target.blur();
   if (refused !== null || event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.(TYPING)) return;
+  if (toggled("help")) return;
   const { route, parts } = where();
-  route.keys?.(event, ...parts);
+  if (help_keys(event)) event.preventDefault();
+  else route.keys?.(event, ...parts);
 }
 
 function on_refused(message) {

@@ -58,8 +58,7 @@ const overtaken_by = (row) =>
   row.status === "pending" &&
   row.kind === "apply_commit" &&
   state.approvals.findLast(
-    (other) =>
-      other.id > row.id && other.agent === row.agent && other.kind === row.kind && other.status === "pending",
+    (other) => other.id > row.id && other.agent === row.agent && other.kind === row.kind && other.status === "pending",
   );
 
 /** Several requests for one agent, each as it was shown; one that a newer one has overtaken stays to be decided. */

@@ -11,7 +11,9 @@ const chosen = { agent: "", from: "", to: "" };
 let shown = null; // {key, diff}
 
 const deployed = (agent) =>
-  [...state.deploys].sort((a, b) => b.id - a.id).filter((row) => row.sha && row.phase === "deployed" && row.agent === agent);
+  [...state.deploys]
+    .sort((a, b) => b.id - a.id)
+    .filter((row) => row.sha && row.phase === "deployed" && row.agent === agent);
 
 /** Each config once, by its newest deploy, newest first. */
 function configs(agent) {
@@ -64,7 +66,12 @@ export function compare_panel() {
       h(
         "div",
         { class: "pad buttons" },
-        choice("of", agent, agents.map((name) => [name, name]), (name) => Object.assign(chosen, { agent: name })),
+        choice(
+          "of",
+          agent,
+          agents.map((name) => [name, name]),
+          (name) => Object.assign(chosen, { agent: name }),
+        ),
         choice("from", from, options, (sha) => Object.assign(chosen, { from: sha })),
         choice("to", to, options, (sha) => Object.assign(chosen, { to: sha })),
         button("compare", "Compare", () => compare(agent, from, to), { disabled: from === to }),

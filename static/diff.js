@@ -146,7 +146,7 @@ const nothing = () => element("span", "nothing", "");
 function split_rows(lines, draw) {
   const rows = [];
   const row = (left, right) => rows.push(element("div", "pair", left, right));
-  for (let at = 0; at < lines.length; ) {
+  for (let at = 0; at < lines.length;) {
     const run = (kind) => {
       const from = at;
       while (lines[at]?.[0] === kind) at += 1;
@@ -166,7 +166,7 @@ function split_rows(lines, draw) {
 /** `mark` = {line, words}: a line of the new file with what is said of it. */
 export function diff_lines(lines, { split = false, nix = false, mark = null } = {}) {
   const blocks = [];
-  for (let at = 0; at < lines.length; ) {
+  for (let at = 0; at < lines.length;) {
     let end = Math.min(at + BLOCK, lines.length);
     while (end < lines.length && lines[end][0] !== "same" && end - at < 4 * BLOCK) end += 1; // keep runs together
     blocks.push(lines.slice(at, end));

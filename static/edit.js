@@ -21,8 +21,7 @@ function close_edit(id) {
   changed();
 }
 
-const changed_paths = ({ files, texts }) =>
-  Object.keys(texts).filter((path) => texts[path] !== files[path]);
+const changed_paths = ({ files, texts }) => Object.keys(texts).filter((path) => texts[path] !== files[path]);
 
 /** `show` takes the request as it is then: what is approved next is what it shows. */
 async function save(id, show) {

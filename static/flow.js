@@ -8,8 +8,10 @@ import {
   draft,
   empty,
   field,
+  fold,
   heading,
   panel,
+  plain,
   refusal,
   set_draft,
   spend_draft,
@@ -18,6 +20,7 @@ import {
 } from "./parts.js";
 import { add_older_messages, is_new, state } from "./store.js";
 import { get, post, send_message } from "./api.js";
+import { talk_graph } from "./graph.js";
 
 const who = you_or;
 
@@ -176,16 +179,34 @@ function message_row(message) {
   );
 }
 
+const SEVERAL = "several";
+const NAMED = { "*": "all agents", [SEVERAL]: "those chosen below" };
+
+function choose_several(names, chosen) {
+  const press = (name) =>
+    toggle("flow:several", chosen.includes(name) ? chosen.filter((other) => other !== name) : [...chosen, name]);
+  return h(
+    "div",
+    { class: "buttons several", role: "group", "aria-label": "Recipients" },
+    names.map((name) =>
+      plain(name, () => press(name), { key: name, kind: "small", "aria-pressed": String(chosen.includes(name)) }),
+    ),
+  );
+}
+
 function compose(thread) {
   const last = thread && thread_of(thread).at(-1);
   const partner = last && (last.from === "operator" ? last.to : last.from);
   const key = thread ? `flow:${thread}` : "flow";
   const names = state.agents.map((agent) => agent.name);
   const to = names.includes(partner) ? partner : draft("flow:to") || (names.includes(filter()) && filter()) || names[0];
+  const several = to === SEVERAL;
+  const chosen = several ? toggled("flow:several", []).filter((name) => names.includes(name)) : [to];
   const send = async () => {
     const body = draft(key).trim();
     if (!body || !to) return;
-    await send_message(key, { to, body, ...(to === partner && { in_reply_to: last.id }) });
+    for (const name of chosen)
+      await send_message(`${key}:${name}`, { to: name, body, ...(name === partner && { in_reply_to: last.id }) });
     if (draft(key).trim() === body) spend_draft(key);
   };
   return h(
@@ -207,19 +228,18 @@ function compose(thread) {
         },
         names.map((name) => h("option", { value: name, selected: name === to }, `to ${name}`)),
         names.length > 1 && h("option", { value: "*", selected: to === "*" }, "to all"),
+        names.length > 2 && h("option", { value: SEVERAL, selected: several }, "to several…"),
       ),
       field(key, {
         tag: "textarea",
         rows: "2",
         label: to === partner ? `Reply to ${to}` : "Message",
-        placeholder:
-          to === partner
-            ? `Reply to ${to}`
-            : `Write to ${to === "*" ? "all agents" : (to ?? "an agent, once there is one")}`,
+        placeholder: to === partner ? `Reply to ${to}` : `Write to ${NAMED[to] ?? to ?? "an agent, once there is one"}`,
         on_enter: () => act("flow:send", "Send", send),
       }),
-      button("flow:send", "Send", send, { kind: "main", disabled: !to }),
+      button("flow:send", "Send", send, { kind: "main", disabled: !to || chosen.length === 0 }),
     ),
+    several && choose_several(names, chosen),
     refusal("flow:send"),
   );
 }
@@ -247,6 +267,12 @@ export function flow_view(thread) {
     thread
       ? heading(`Thread of #${thread}`, h("a", { href: "#/flow" }, "All messages"))
       : heading("Flow", filter_field()),
+    !thread &&
+      messages.length > 0 &&
+      panel(
+        { class: "talk" },
+        fold("flow:graph", "Who talks to whom", () => talk_graph(state.messages)),
+      ),
     panel(
       { class: "flow" },
       !thread &&

@@ -65,7 +65,7 @@ export function button(group, label, work, { kind = "", hint = "", disabled = fa
       onclick: () => act(group, label, work),
     },
     label,
-    hint && h("kbd", { "aria-hidden": "true" }, hint),
+    hint && h("kbd", { "aria-hidden": "true", "data-key": hint }),
   );
 }
 

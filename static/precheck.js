@@ -44,7 +44,13 @@ function log_view(row) {
     { class: "edit" },
     h(
       "pre",
-      { class: "log", tabindex: "0", role: "log", "aria-label": `Log of the pre-check of ${row.id}`, "data-follow": "" },
+      {
+        class: "log",
+        tabindex: "0",
+        role: "log",
+        "aria-label": `Log of the pre-check of ${row.id}`,
+        "data-follow": "",
+      },
       known.lines.length ? known.lines.join("\n") : "No line yet.",
     ),
   );
@@ -85,7 +91,8 @@ function verdict({ state, evaluates, builds, seconds, error, at, packages = [] }
   ].filter(([number]) => number > 0);
   return [
     evaluates && tick("evaluates"),
-    builds && h("span", null, tick("builds"), seconds > 0 && h("span", { class: "dim" }, ` in ${duration(seconds * 1000)}`)),
+    builds &&
+      h("span", null, tick("builds"), seconds > 0 && h("span", { class: "dim" }, ` in ${duration(seconds * 1000)}`)),
     figures.length > 0 &&
       h(
         "span",

@@ -52,7 +52,7 @@ function choices(question, keys) {
               onclick: () => toggle_choice(id, option),
             },
             option,
-            hint(index) && h("kbd", { "aria-hidden": "true" }, hint(index)),
+            hint(index) && h("kbd", { "aria-hidden": "true", "data-key": hint(index) }),
           )
         : button(question_group(id), option, () => answer(id, option), { kind: "option", hint: hint(index) }),
     ),

@@ -5,6 +5,7 @@ import { ago, clock, prose_preview, span, web_href } from "./text.js";
 import { button, empty, heading, panel, refusal } from "./parts.js";
 import { changed, state } from "./store.js";
 import { get, post } from "./api.js";
+import { notify_panel } from "./notify.js";
 
 const PAGE = 100;
 const known = { audit: null, schedules: null, error: null, at_start: false };
@@ -114,6 +115,7 @@ export function system_view() {
       heading("Schedules", known.schedules.length),
       panel(null, known.schedules.map(schedule_row)),
     ],
+    notify_panel(),
     heading("Audit", known.audit && button("audit", "Look again", load_system, { kind: "quiet" })),
     panel(
       null,

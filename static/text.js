@@ -19,7 +19,15 @@ export function prose(text, { caret = null, ...props } = {}) {
   }
   blocks.push(...paragraphs(source.slice(at)));
   if (caret && blocks.length === 0) blocks.push(h("p", null, caret));
-  else if (caret) blocks.push(h(blocks.at(-1).tag, null, blocks.pop().children.map(([, child]) => child), caret));
+  else if (caret)
+    blocks.push(
+      h(
+        blocks.at(-1).tag,
+        null,
+        blocks.pop().children.map(([, child]) => child),
+        caret,
+      ),
+    );
   if (!blocks.length) return null;
   return h("div", { ...props, class: `prose ${props.class ?? ""}` }, blocks);
 }

@@ -153,8 +153,7 @@ function draw_turn(key, turn, { open, all, partial }) {
             plain(`${count(hidden)} earlier steps`, () => toggle(`${key}:all`, true), { kind: "small" }),
           ),
         steps.slice(hidden).map(draw_step),
-        partial &&
-          step_row("", prose(partial, { class: "live-text", caret: CARET }), { key: "partial" }),
+        partial && step_row("", prose(partial, { class: "live-text", caret: CARET }), { key: "partial" }),
         end &&
           end.data.outcome !== "done" &&
           step_row(

@@ -35,37 +35,85 @@ function last_days() {
 
 const sum = (rows, field) => rows.reduce((total, row) => total + (row[field] ?? 0), 0);
 
-function day_bars(rows) {
-  const days = last_days().map((day) => ({
-    day,
-    usd: sum(
-      rows.filter((row) => row.day === day),
-      "cost_usd",
-    ),
-  }));
-  const most = Math.max(...days.map(({ usd }) => usd), 0.01);
+/** Agents by what they cost, dearest first: the darkest part of each bar is the first of them. */
+const by_cost = (rows) =>
+  [...new Set(rows.map((row) => row.agent))]
+    .map((name) => [name, rows.filter((row) => row.agent === name)])
+    .sort((a, b) => sum(b[1], "cost_usd") - sum(a[1], "cost_usd"));
+
+const SHADES = 6;
+const shade = (index) => `shade-${Math.min(index, SHADES - 1)}`;
+
+/** One bar: an agent's part upon another's, as high as its cost. */
+function bar(parts, most) {
+  let top = 100;
   return h(
-    "ol",
-    { class: "chart", "aria-label": "Cost by day" },
-    days.map(({ day, usd }) =>
-      h(
-        "li",
-        { key: day, title: `${day}: ${dollars(usd)}` },
-        h("span", { class: "usd" }, usd > 0 && dollars(usd)),
-        h("span", { class: "column", vars: { "--part": usd / most } }),
-        h("span", { class: "dim" }, day.slice(8)),
+    "svg",
+    { class: "day-bar", viewBox: "0 0 10 100", preserveAspectRatio: "none", "aria-hidden": "true" },
+    parts.map(([name, usd], index) => {
+      const height = (100 * usd) / most;
+      top -= height;
+      return height > 0 && h("rect", { key: name, class: shade(index), x: 0, y: top, width: 10, height });
+    }),
+  );
+}
+
+function day_bars(rows) {
+  const agents = by_cost(rows);
+  const days = last_days().map((day) => {
+    const cost = (mine) =>
+      sum(
+        mine.filter((row) => row.day === day),
+        "cost_usd",
+      );
+    const parts = agents.map(([name, mine]) => [name, cost(mine)]);
+    return { day, parts, usd: parts.reduce((total, [, usd]) => total + usd, 0) };
+  });
+  const most = Math.max(...days.map(({ usd }) => usd), 0.01);
+  const words = ({ day, usd, parts }) =>
+    `${day}: ${dollars(usd)}${parts
+      .filter(([, part]) => part > 0)
+      .map(([name, part]) => `, ${name} ${dollars(part)}`)
+      .join("")}`;
+  return [
+    h(
+      "ol",
+      { class: "chart", "aria-label": "Cost by day and agent" },
+      days.map((day) =>
+        h(
+          "li",
+          { key: day.day, title: words(day) },
+          h("span", { class: "usd" }, day.usd > 0 && dollars(day.usd)),
+          bar(day.parts, most),
+          h("span", { class: "dim" }, day.day.slice(8)),
+        ),
       ),
     ),
-  );
+    agents.length > 1 &&
+      h(
+        "p",
+        { class: "legend dim" },
+        agents.map(([name], index) =>
+          h(
+            "span",
+            { key: name },
+            h(
+              "svg",
+              { viewBox: "0 0 10 10", "aria-hidden": "true" },
+              h("rect", { class: shade(index), width: 10, height: 10 }),
+            ),
+            name,
+          ),
+        ),
+      ),
+  ];
 }
 
 // ── By agent ─────────────────────────────────────────────────────────────────────────────────────
 
 function agent_table(rows) {
   const today = last_days().at(-1);
-  const names = [...new Set(rows.map((row) => row.agent))]
-    .map((name) => [name, rows.filter((row) => row.agent === name)])
-    .sort((a, b) => sum(b[1], "cost_usd") - sum(a[1], "cost_usd"));
+  const names = by_cost(rows);
   const columns = ["Agent", "Today", `${DAYS} days`, "Turns", "Time", "In", "Out", "Cache read", "Cache written"];
   const line = (name, mine) =>
     [

@@ -1,0 +1,198 @@
+"""What stands around the work in a real browser: flow, search, usage, notifications, keys, and that all can use it."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import sqlite3
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import browserbox
+import pytest
+from browserbox import Tab
+from hive import ROOT, Hive, wait_for
+from playwright.sync_api import expect
+
+browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
+
+AXE = ROOT / "tests" / "node_modules" / "axe-core" / "axe.min.js"
+NAMES = ("manager", "alice", "bob", "carol")
+VIEWS = ("call", "approvals", "approvals/1", "agents", "agents/alice", "flow", "deploys", "usage", "system", "search")
+
+
+class Receiver(http.server.BaseHTTPRequestHandler):
+    """Takes notifications, as ntfy would."""
+
+    def do_POST(self) -> None:
+        self.server.told.append(self.rfile.read(int(self.headers["Content-Length"])).decode())  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[http.server.HTTPServer]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        server.told = []  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def team(receiver: http.server.HTTPServer) -> Iterator[Hive]:
+    """One hive for the module: stopped agents that have talked, asked, spent, and want things."""
+    url = f"http://127.0.0.1:{receiver.server_port}/topic"
+    with (
+        tempfile.TemporaryDirectory(prefix="hh-", dir="/tmp") as place,
+        Hive(Path(place), notify_url=url) as hive,
+    ):
+        hive.spawn(*NAMES)
+        with hive.agent("alice") as alice, hive.agent("manager") as manager:
+            alice.ask("send", to="bob", body="Where is the quarterly report?")
+            alice.ask("send", to="operator", body="Done: `report.md`.")
+            alice.ask("ask", question="Shall I go on?", options=["Yes", "No"])
+            manager.ask("request_spawn", name="dora", description="She writes reports.", config="{ }\n")
+            text = {"id": 1, "at": "2026-01-01T00:00:00Z", "turn": 1, "kind": "text", "data": {"text": "I look."}}
+            alice.ask("report", events=[text])
+        with closing(sqlite3.connect(hive.state / "hive.sqlite")) as database, database:
+            spend(database)
+        yield hive
+
+
+def spend(database: sqlite3.Connection) -> None:
+    """Three agents' turns of the last days, where the broker would have written them."""
+    columns = [row[1] for row in database.execute("PRAGMA table_info(usage)")]
+    known = {"model": "sonnet", "input_tokens": 900, "output_tokens": 80, "duration_ms": 5000}
+    for n, name in enumerate(NAMES[:3]):
+        for back in range(4):
+            day = time.strftime("%Y-%m-%d", time.gmtime(time.time() - back * 86_400))
+            row = known | {"agent": name, "day": day, "turn": f"{name}{back}", "cost_usd": 0.3 * (n + 1), "at": 1}
+            row |= {"cache_read_tokens": 0, "cache_creation_tokens": 0}
+            row = {key: value for key, value in row.items() if key in columns}
+            marks = ", ".join("?" for _ in row)
+            database.execute(f"INSERT INTO usage ({', '.join(row)}) VALUES ({marks})", [*row.values()])
+
+
+@pytest.fixture
+def tab(team: Hive, open_tab: Callable[..., Tab]) -> Tab:
+    return open_tab(f"{team.url}/#token={team.token}")
+
+
+def test_who_talks_to_whom_is_drawn(tab: Tab) -> None:
+    tab.go("flow")
+    tab.page.get_by_role("button", name="Who talks to whom").click()
+    graph = tab.page.locator("svg.graph")
+    expect(graph).to_have_attribute("aria-label", re.compile("alice and bob: 1 message"))
+    expect(graph.locator("text")).to_have_text(["alice", "bob", "you"])
+
+
+def test_a_message_to_several(team: Hive, tab: Tab) -> None:
+    tab.go("flow")
+    tab.page.get_by_label("To", exact=True).select_option("several")
+    recipients = tab.page.get_by_role("group", name="Recipients")
+    recipients.get_by_role("button", name="bob").click()
+    recipients.get_by_role("button", name="carol").click()
+    tab.page.get_by_label("Message", exact=True).fill("To the two of you.")
+    tab.page.get_by_role("button", name="Send").click()
+    expect(tab.page.get_by_label("Message", exact=True)).to_have_value("")
+    rows = team.api("GET", "/api/messages").body["messages"]
+    assert [row["to"] for row in rows if row["body"] == "To the two of you."] == ["bob", "carol"]
+
+
+def test_search_finds_messages_requests_and_the_audit(tab: Tab) -> None:
+    expect(tab.page.get_by_role("heading", name=re.compile("for you"))).to_be_visible()
+    tab.page.keyboard.press("/")
+    tab.page.get_by_role("searchbox").fill("report")
+    hits = tab.page.get_by_role("region", name="Hits").locator("a")
+    expect(hits.filter(has_text="quarterly")).to_have_attribute("href", re.compile("#/flow/thread/"))
+    expect(hits.filter(has_text="a new agent, dora")).to_have_attribute("href", "#/approvals/1")
+    tab.page.get_by_role("searchbox").fill("spawn carol")
+    expect(hits.filter(has_text="Audit").first).to_contain_text("carol")
+    tab.page.get_by_role("searchbox").fill("no such word")
+    expect(tab.page.get_by_text("Nothing here holds all of these words.")).to_be_visible()
+
+
+def test_usage_is_drawn_by_day_and_agent(tab: Tab) -> None:
+    tab.go("usage")
+    bars = tab.page.get_by_role("list", name="Cost by day and agent").locator("li")
+    expect(bars.last).to_have_attribute("title", re.compile(r"\$1\.80, bob \$|\$1\.80, alice \$"))
+    expect(bars.last.locator("rect")).to_have_count(3)
+    expect(tab.page.locator(".legend")).to_contain_text("manager")
+
+
+def test_the_keys_are_listed_and_lead_to_the_views(tab: Tab) -> None:
+    expect(tab.page.get_by_role("heading", name=re.compile("for you"))).to_be_visible()
+    tab.page.keyboard.press("?")
+    keys = tab.page.get_by_role("dialog", name="Keys")
+    expect(keys).to_contain_text("approve or deny")
+    tab.page.keyboard.press("Escape")
+    expect(keys).to_have_count(0)
+    tab.page.keyboard.press("g")
+    tab.page.keyboard.press("d")
+    expect(tab.page.get_by_role("heading", name="History")).to_be_visible()
+
+
+def test_the_browser_tells_of_what_is_new_and_leads_to_it(team: Hive, open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab("about:blank")
+    tab.origin = team.url
+    tab.page.add_init_script(
+        """window.told = [];
+        window.Notification = class {
+          static permission = "default";
+          static async requestPermission() { return (this.permission = "granted"); }
+          constructor(title, more) { Object.assign(this, more); told.push(this); }
+          close() {}
+        };
+        document.hasFocus = () => false;"""
+    )
+    tab.page.goto(f"{team.url}/#token={team.token}")
+    expect(tab.page.get_by_role("heading", name=re.compile("for you"))).to_be_visible()
+    assert tab.page.evaluate("Notification.permission") == "default"  # not asked for by itself
+    tab.go("system")
+    tab.page.get_by_role("button", name="Tell me in this browser").click()
+    expect(tab.page.get_by_role("button", name="Stop telling me here")).to_be_visible()
+    assert tab.page.evaluate("told.length") == 0  # what waited before is no news
+    with team.agent("manager") as manager:
+        number = manager.ask("request_spawn", name="erin", description="She paints.")["id"]
+    wait_for(lambda: tab.page.evaluate("told.length") == 1, "the notification")
+    tab.page.evaluate("told[0].onclick()")
+    expect(tab.page).to_have_url(re.compile(f"#/approvals/{number}$"))
+
+
+def test_a_notification_is_tried_out(tab: Tab, receiver: http.server.HTTPServer) -> None:
+    tab.go("system")
+    tab.page.get_by_role("button", name="Send a test to notify_url").click()
+    expect(tab.page.get_by_text("The test was delivered.")).to_be_visible()
+    assert any("This is a test" in text for text in receiver.told)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1380), ("dark", 390)])
+def test_axe_finds_no_violation(team: Hive, open_tab: Callable[..., Tab], scheme: str, width: int) -> None:
+    if not AXE.exists():
+        pytest.skip("needs axe-core, which is not installed")
+    viewport = {"width": width, "height": 900}
+    tab = open_tab(f"{team.url}/#token={team.token}", color_scheme=scheme, viewport=viewport, reduced_motion="reduce")
+    expect(tab.page.locator("diff-block .added").first).to_be_visible()
+    tab.page.evaluate(AXE.read_text())
+    for view in VIEWS:
+        tab.go(view)
+        tab.page.wait_for_timeout(300)
+        if view == "flow":
+            tab.page.get_by_role("button", name="Who talks to whom").click()
+        if view == "agents":
+            tab.page.get_by_role("button", name="Manage alice").click()
+        found = tab.page.evaluate("axe.run().then(({ violations }) => violations)")
+        told = [f"{row['id']}: {node['html'][:150]} {node['failureSummary']}" for row in found for node in row["nodes"]]
+        assert told == [], view
