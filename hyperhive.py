@@ -2262,6 +2262,11 @@ class Repositories:
         text = raw[:DIFF_MAX].decode(errors="replace")
         return text if len(raw) <= DIFF_MAX else text + f"\n… ({len(raw) - DIFF_MAX} bytes more)\n"
 
+    def is_built_on(self, name: str, sha: str, base: str) -> bool:
+        """False for a history that was rewritten, or that began before the last deploy."""
+        count = git("rev-list", "--count", base, f"^{sha}", cwd=self._config.repository(name))
+        return int(count) == 0
+
     def bundle(self, name: str) -> tuple[bytes, str]:
         """`main` as a bundle, and its sha."""
         sha = self.head(name)
@@ -5306,6 +5311,12 @@ class Requests:
             raise Refused("conflict", f"{sha[:12]} is what {name} runs already", "commit a change first")
         self._s.repositories.accept_bundle(name, sha, raw)
         try:
+            if deployed is not None and not self._s.repositories.is_built_on(name, sha, deployed):
+                raise Refused(
+                    "bad_config",
+                    f"{sha[:12]} is not built on {deployed[:12]}, which {name} runs: it would undo what was approved",
+                    "check the config out again, and commit on top of that",
+                )
             diff = self._s.repositories.diff(name, deployed, sha)
             request = Request(Kind.APPLY, name, description, sha=sha, base_sha=deployed, diff=diff)
             approval = self._s.approvals.request(actor, request)

@@ -118,6 +118,11 @@ class Source:
     def commit(self, tree: str, *parents: str) -> str:
         return self.git("commit-tree", tree, *(f"-p{parent}" for parent in parents), "-m", "a change")
 
+    def running(self, hive: Hive, name: str = "alice") -> str:
+        """What an agent runs, fetched: the commit that a proposal is built on."""
+        self.git("fetch", "-q", str(repository(hive, name)), "main")
+        return self.git("rev-parse", "FETCH_HEAD")
+
     def bundle(self, sha: str, *without: str) -> str:
         self.git("update-ref", "refs/heads/main", sha)
         self.git("bundle", "create", "-q", "it", "refs/heads/main", *(f"^{parent}" for parent in without))
@@ -130,7 +135,7 @@ def propose(hive: Hive, source: Source, commit: str, **fields: Any) -> dict[str,
 
 
 def proposed(hive: Hive, source: Source, files: dict[str, bytes], *parents: str) -> tuple[int, str]:
-    sha = source.commit(source.tree_of(files), *parents)
+    sha = source.commit(source.tree_of(files), *(parents or [source.running(hive)]))
     answer = propose(hive, source, sha)
     assert answer["ok"], answer
     return answer["id"], sha
@@ -406,6 +411,17 @@ def test_the_manager_changes_what_it_checked_out(team: Hive, source: Source, fol
     assert propose(team, source, sha)["code"] == "conflict"  # it runs already
 
 
+def test_a_history_that_was_rewritten_is_refused(team: Hive, source: Source) -> None:
+    """Built on something else than what runs, it would undo what was approved; so would one that began too early."""
+    before = source.running(team)
+    orphan = propose(team, source, source.commit(source.tree_of({"agent.nix": CONFIG.encode()})))
+    assert orphan["code"] == "bad_config" and "not built on" in orphan["error"]
+    approval, _ = proposed(team, source, {"agent.nix": b"# deployed meanwhile\n"})
+    assert approve(team, approval)["phase"] == "deployed"
+    late = propose(team, source, source.commit(source.tree_of({"agent.nix": CONFIG.encode()}), before))
+    assert late["code"] == "bad_config" and "again" in late["hint"]
+
+
 def test_a_proposal_stays_what_it_was(team: Hive, source: Source) -> None:
     approval, sha = proposed(team, source, {"agent.nix": b"# first\n"})
     before = show(team, approval)
@@ -542,7 +558,8 @@ def test_a_request_that_is_one_too_many_leaves_no_ref(folder: Path, source: Sour
     with Hive(folder, limits={"pending_approvals": 1}) as hive:
         hive.spawn("manager", "alice")
         proposed(hive, source, {"agent.nix": b"# first\n"})
-        second = propose(hive, source, source.commit(source.tree_of({"agent.nix": b"# second\n"})))
+        tree = source.tree_of({"agent.nix": b"# second\n"})
+        second = propose(hive, source, source.commit(tree, source.running(hive)))
         assert second["code"] == "too_many"
         command = ["git", "-C", repository(hive), "for-each-ref", "--format=%(refname)", "refs/accepted"]
         assert subprocess.run(command, capture_output=True, check=True).stdout == b""
@@ -561,7 +578,7 @@ def test_hooks_and_config_of_the_source_never_run(team: Hive, source: Source, fo
         "diff.external": trap, "uploadpack.packObjectsHook": trap, "filter.x.clean": trap, "filter.x.smudge": trap,
         "core.alternateRefsCommand": trap, "diff.x.textconv": trap, "gpg.program": trap,
     }  # fmt: skip
-    sha = source.commit(source.tree_of({"agent.nix": CONFIG.encode(), "it.x": b"x"}))
+    sha = source.commit(source.tree_of({"agent.nix": CONFIG.encode(), "it.x": b"x"}), source.running(team))
     bundle = source.bundle(sha)
     for key, value in settings.items():
         source.git("config", key, str(value))
