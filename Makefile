@@ -19,7 +19,7 @@ APT := apt() { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1;
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean system
+.PHONY: help demo test bench lint clean system
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -30,6 +30,9 @@ demo: .venv/run ## a hive to try, in a folder of its own: no NixOS, no account, 
 
 test: system lint tests/node_modules/.package-lock.json ## everything: what it needs, the linters, the tests
 	@.venv/bin/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)  # they wait more than they compute
+
+bench: .venv/test tests/node_modules/.package-lock.json ## how long a message takes to reach a Claude
+	@.venv/bin/python tests/bench.py
 
 lint: .venv/test ## ruff and mypy
 	@.venv/bin/python -m ruff check

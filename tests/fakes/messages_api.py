@@ -35,6 +35,7 @@ class Api(http.server.ThreadingHTTPServer):
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.requests: list[Json] = []
+        self.arrivals: list[float] = []  # of each, by time.monotonic()
         self.failure: tuple[int, str, str, dict[str, str]] | None = None
         self.manner = "well"
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -86,6 +87,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "count_tokens" in self.path:
             self.answer({"input_tokens": len(json.dumps(request)) // 4})
             return
+        self.server.arrivals.append(time.monotonic())
         self.server.requests.append(request)
         if self.server.failure:
             status, kind, message, headers = self.server.failure
