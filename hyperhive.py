@@ -3824,12 +3824,12 @@ class Deploys:
             self._fail(row, str(error))
         else:
             self._repositories.mark_deployed(name, sha, row["id"])
-            self._store.write(lambda tx: self._succeed(tx, row, sha))
-            self._agents.look()
-            try:
+            try:  # before anybody hears of the deploy, so that nothing older can be approved after it
                 self._compare_again(name, sha)
             except (Refused, OSError) as error:  # the deploy stands; only what is shown may be older
                 log.error("comparing what waits for %s again: %s", name, error)
+            self._store.write(lambda tx: self._succeed(tx, row, sha))
+            self._agents.look()
 
     def _build(self, row: sqlite3.Row) -> str:
         """Make everything that the container needs; returns the sha that it will run."""
