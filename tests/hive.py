@@ -56,6 +56,15 @@ def free_ports(count: int = 1) -> int:
             return first
 
 
+def listens(port: int) -> bool:
+    """Whether somebody takes connections there: an agent's page comes up after its harness's hello."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=10).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
 def processes_of(folder: Path) -> list[psutil.Process]:
     """The living processes, children or not, whose environment names `folder`: a daemon's and its agents' do.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from fakes.systemd import environment_file
-from hive import ROOT, processes_of, wait_for
+from hive import ROOT, listens, processes_of, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 from nixos import NixosHive
@@ -268,7 +268,9 @@ def test_an_agent_in_its_container(folder: Path, private_users: str) -> None:
 
 def check_page(hive: NixosHive, name: str) -> None:
     token = (hive.run / "agents" / name / "ui-token").read_text()
-    connection = http.client.HTTPConnection("127.0.0.1", row(hive, name)["port"], timeout=10)
+    port = row(hive, name)["port"]
+    wait_for(lambda: listens(port), f"the page of {name}")
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     connection.request("GET", "/api/state", headers={"Authorization": f"Bearer {token}"})
     with connection.getresponse() as response:
         assert response.status == 200 and json.loads(response.read())["agent"]["name"] == name

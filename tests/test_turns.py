@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from fakes.harness import rehearse
-from hive import HYPERHIVE, Answer, Hive, is_alive, processes_of, wait_for
+from hive import HYPERHIVE, Answer, Hive, is_alive, listens, processes_of, wait_for
 
 import harness
 
@@ -59,20 +59,12 @@ def audited(hive: Hive, what: str) -> list[tuple[str, str]]:
     return [(one["who"], one["subject"]) for one in reversed(rows) if one["what"] == what]
 
 
-def listens(connection: http.client.HTTPConnection) -> bool:
-    try:
-        connection.connect()
-    except ConnectionRefusedError:
-        return False
-    return True
-
-
 def at_page(hive: Hive, method: str, path: str, body: Any = None, name: str = "alice") -> Answer:
     """A request to an agent's own page, with its own token."""
     url = urllib.parse.urlsplit(row(hive, name)["url"])
+    wait_for(lambda: listens(url.port or 0), f"the page of {name}")
     headers = {"Authorization": "Bearer " + url.fragment.removeprefix("token="), "Content-Type": "application/json"}
     with closing(http.client.HTTPConnection(url.netloc, timeout=20)) as connection:
-        wait_for(lambda: listens(connection), f"the page of {name}")  # it comes up after the harness's hello
         connection.request(method, path, None if body is None else json.dumps(body), headers)
         answer = connection.getresponse()
         return Answer(answer.status, answer.headers, json.loads(answer.read()))
