@@ -1045,6 +1045,7 @@ class ClaudeProcess:
         self.lost = False  # whether it ended a turn before that: it does not know the session to be resumed
         self.cost_usd = 0.0  # what it has counted so far
         self.tasks: set[str] = set()  # that run in the background
+        self.headings: set[str] = set()  # of the mail it has echoed; its transcript may lag behind
         self._garbage: str | None = None
         self._complaint = ""
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -2067,9 +2068,9 @@ class Agent:
         if not turn.messages:  # a command is not echoed as what it was
             process.user("/compact")
             return
-        mail, conversation = turn.messages.values(), set[str]()
+        mail, conversation = turn.messages.values(), process.headings
         if any(message.redelivered for message in mail):
-            conversation = headings_in(self.config.claude_folder, process.launch.session)
+            conversation = conversation | headings_in(self.config.claude_folder, process.launch.session)
         preface, self._preface = self._preface, ""
         turn.unread[process.user(preface + prompt_again(mail, conversation))] = tuple(turn.messages)
 
@@ -2111,6 +2112,7 @@ class Agent:
             case Limited(resets_at):
                 self._resets_at = resets_at
             case Compacted(sizes):
+                process.headings.clear()
                 self._context.update(given(context_tokens=sizes.get("post_tokens")))
                 self.journal.record(self._turns, "compaction", sizes)
             case Streaming(text):
@@ -2122,12 +2124,12 @@ class Agent:
             case Ended():
                 self._on_ended(process, self._turn or self._turn_of_its_own(), event)
             case _:
-                self._on_progress(self._turn or self._turn_of_its_own(), event)
+                self._on_progress(process, self._turn or self._turn_of_its_own(), event)
 
-    def _on_progress(self, turn: Turn, event: StreamEvent) -> None:
+    def _on_progress(self, process: ClaudeProcess, turn: Turn, event: StreamEvent) -> None:
         match event:
             case Replayed(line):
-                turn.unread.pop(line, None)
+                process.headings |= {title(turn.messages[message]) for message in turn.unread.pop(line, ())}
             case Spoke(tokens, error, explanation):
                 turn.error, turn.explanation = error, explanation
                 if tokens:
