@@ -17,8 +17,8 @@ Who is trusted with what (each line is enforced in the room named behind it):
 Rooms, top to bottom; each uses only those above it:
 
     Constants and configuration · Errors · Types · Boundary parsing · Processes · Storage · Broker ·
-    Budgets · Config repositories · Approvals · Containers · Agents · Deploys · Pre-checks · Views · Live ·
-    Notifications · Sockets · Dashboard · Daemon · Command line
+    Budgets · Config repositories · Approvals · Containers · Agents · Attachments · Deploys · Pre-checks ·
+    Views · Live · Notifications · Sockets · Dashboard · Daemon · Command line
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import argparse
 import base64
 import binascii
 import contextlib
+import copy
 import dataclasses
 import datetime
 import enum
@@ -37,6 +38,7 @@ import grp
 import hashlib
 import hmac
 import io
+import itertools
 import json
 import logging
 import os
@@ -63,7 +65,7 @@ import typing
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar
+from typing import IO, Any, Final, Literal, NoReturn, Protocol, TypeVar
 
 # ──────────────────────────────────────────────────────────────────────────────
 # Constants and configuration
@@ -105,6 +107,7 @@ class Limits:
     body_bytes: int = 64 * 1024
     line_bytes: int = 1024 * 1024
     bundle_line_bytes: int = 8 * 1024 * 1024
+    attachment_bytes: int = 25 * 1024 * 1024
     connections: int = 32
     unread: int = 1000
     messages_per_minute: int = 60
@@ -1449,14 +1452,15 @@ class Broker:
             self._take_allowance(draft.sender)
         if draft.in_reply_to is not None and not self._saw(tx, draft.sender, draft.in_reply_to):
             raise Refused("not_found", f"message {draft.in_reply_to} is none that you have seen")
-        ids = [self._insert(tx, draft, recipient) for recipient in recipients]
+        moment = now_ms()  # the copies of one message have one time
+        ids = [self._insert(tx, draft, recipient, moment) for recipient in recipients]
         if draft.sender not in (SYSTEM, OPERATOR) and draft.to not in (OPERATOR, EVERYONE, draft.sender):
             self._stop_ping_pong(tx, draft.sender, draft.to)
         return ids
 
     def tell(self, tx: Tx, to: str, kind: str, body: str, /, **data: Any) -> None:
         """A system message. It is never refused: a full inbox must not stop what it reports."""
-        self._insert(tx, Draft(SYSTEM, to, body, kind=kind, data=without_none(**data)), to)
+        self._insert(tx, Draft(SYSTEM, to, body, kind=kind, data=without_none(**data)), to, now_ms())
 
     def tell_manager(self, tx: Tx, kind: str, body: str, /, **data: Any) -> None:
         if tx.one("SELECT 1 FROM agents WHERE name = ? AND NOT kept", MANAGER):
@@ -1501,10 +1505,10 @@ class Broker:
             tx.value("SELECT count(*) FROM messages WHERE recipient = ? AND state IN ('queued', 'leased')", name)
         )
 
-    def _insert(self, tx: Tx, draft: Draft, recipient: str) -> int:
+    def _insert(self, tx: Tx, draft: Draft, recipient: str, moment: int) -> int:
         message = tx.insert(
             "messages",
-            at=now_ms(),
+            at=moment,
             sender=draft.sender,
             recipient=recipient,
             body=draft.body,
@@ -2759,6 +2763,7 @@ class Containers(Protocol):
 
     label: str
     source: str  # names the hyperhive that a deploy builds in; "" where agents run the code that lies here
+    operator_dir: str  # where an agent sees the files that the operator attaches
 
     def build(self, name: str, sha: str, pins: str, say: Say, *, update: bool) -> str:
         """Make all that this config needs, with these inputs (`update`: with newer ones), and return its inputs.
@@ -2818,6 +2823,7 @@ class ProcessContainers:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self.operator_dir = str(config.operator_dir)
         self._running: dict[str, _Running] = {}
         self._lock = threading.RLock()
         self._notes = config.runtime_dir / "processes"
@@ -3101,6 +3107,7 @@ TOPLEVEL: Final = "nixosConfigurations.container.config.system.build.toplevel"
 
 class NixosContainers:
     label = "nixos"
+    operator_dir = "/operator"
     COMMAND_S: Final = 150.0  # systemd gives a container one minute to start and one and a half to stop
     LOOK_S: Final = 10.0
     FRESH_S: Final = 1.0  # how long one look at the states serves
@@ -3683,6 +3690,87 @@ class Agents:
         self._broker.tell(tx, OPERATOR, "container_crash", text, agent=name)
         if name != MANAGER:
             self._broker.tell_manager(tx, "container_crash", text, agent=name)
+
+
+# ──────────────────────────────────────────────────────────────────────────────
+# Attachments
+# ──────────────────────────────────────────────────────────────────────────────
+# Files that the operator sends along with a message. They lie in a folder that agents can only read, so
+# that one of them is the same for all whom it was sent to; the message names its path.
+
+
+class Attachments:
+    NAME_BYTES: Final = 120
+
+    def __init__(self, config: Config, store: Store, seen_at: str) -> None:
+        self._config, self._store, self._seen_at = config, store, seen_at
+        self.max_bytes = config.limits.attachment_bytes
+
+    def add(self, actor: Actor, name: str, content: IO[bytes]) -> Json:
+        """Keep a copy under this name, or one like it where that is taken: {name, path, size in bytes}."""
+        folder = self._folder()
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._config.scratch_dir, prefix="attachment-") as file:
+                size = self._fill(file, content)
+                kept = self._link(Path(file.name), folder, self._safe(name))
+        except OSError as error:
+            raise Refused("internal", f"the file can't be kept: {error}") from None
+        self._store.write(lambda tx: tx.audit(actor, "attached", kept, f"{size} bytes"))
+        return {"name": kept, "path": f"{self._seen_at}/{kept}", "size": size}
+
+    def rows(self) -> list[Json]:
+        """The newest first."""
+        entries = [entry for entry in os.scandir(self._folder()) if entry.is_file(follow_symlinks=False)]
+        found = [(entry.name, entry.stat()) for entry in entries]
+        found.sort(key=lambda one: one[1].st_mtime, reverse=True)
+        return [
+            {
+                "name": name,
+                "path": f"{self._seen_at}/{name}",
+                "size": status.st_size,
+                "at": rfc3339(int(status.st_mtime * 1000)),
+            }
+            for name, status in found
+        ]
+
+    def delete(self, actor: Actor, name: str) -> None:
+        if name not in (row["name"] for row in self.rows()):
+            raise Refused("not_found", f"there is no attached file {name[:200]!r}")
+        (self._folder() / name).unlink(missing_ok=True)
+        self._store.write(lambda tx: tx.audit(actor, "attachment_deleted", name))
+
+    def _folder(self) -> Path:
+        self._config.operator_dir.mkdir(parents=True, exist_ok=True)
+        return self._config.operator_dir
+
+    def _fill(self, file: IO[bytes], content: IO[bytes]) -> int:
+        shutil.copyfileobj(content, file)
+        size = file.tell()
+        if size > self.max_bytes:
+            raise Refused("too_large", f"a file may have at most {self.max_bytes} bytes")
+        file.flush()
+        os.fchmod(file.fileno(), 0o644)
+        os.fsync(file.fileno())
+        return size
+
+    def _safe(self, name: str) -> str:
+        """What a message can name and a shell takes as one word; its ending is kept."""
+        plain = re.sub(r"[^\w.-]+", "-", name.replace("\\", "/").rpartition("/")[2]).strip("-.") or "file"
+        stem, dot, ending = plain.rpartition(".")
+        if not dot or len(ending.encode()) > 16:
+            stem, dot, ending = plain, "", ""
+        most = self.NAME_BYTES - len((dot + ending).encode())
+        return stem.encode()[:most].decode(errors="ignore") + dot + ending
+
+    @staticmethod
+    def _link(file: Path, folder: Path, name: str) -> str:
+        stem, dot, ending = name.rpartition(".") if "." in name else (name, "", "")
+        for number in itertools.count(1):
+            kept = name if number == 1 else f"{stem}-{number}{dot}{ending}"
+            with contextlib.suppress(FileExistsError):
+                os.link(file, folder / kept)
+                return kept
+        raise AssertionError
 
 
 # ──────────────────────────────────────────────────────────────────────────────
@@ -5248,6 +5336,7 @@ class Services:
     agents: Agents
     deploys: Deploys
     prechecks: Prechecks
+    attachments: Attachments
     views: Views
     hub: Hub
     notifier: Notifier
@@ -5277,8 +5366,10 @@ class OperatorToken:
         self._value = value
         return value
 
-    def opens(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), self._value.encode())
+    def is_in(self, header: str) -> bool:
+        """Whether this `Authorization` header gives the token."""
+        scheme, _, given = header.partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._value.encode())
 
 
 class Requests:
@@ -6165,8 +6256,7 @@ class Gate:
             raise Refused("bad_origin", f"requests from {origin[:80]!r} are not taken")
 
     def check_token(self, header: str, address: str) -> None:
-        scheme, _, given = header.partition(" ")
-        if scheme.lower() == "bearer" and self._token.opens(given.strip()):
+        if self._token.is_in(header):
             return
         if header:
             self._count_wrong(address)
@@ -6226,8 +6316,13 @@ class Guard:
             self._gate.check_token(header_of(request, "Authorization"), request.remote_addr or "")
         if request.method not in ("GET", "HEAD"):
             self._gate.check_origin(header_of(request, "Origin"), host)
-            if (request.content_type or "").partition(";")[0].strip().lower() != "application/json":
-                raise Refused("bad_type", "the body must be JSON", "send Content-Type: application/json")
+            self._check_type(request.route.config.get("takes", "application/json"))
+
+    def _check_type(self, wanted: str) -> None:
+        """Neither type is one that a foreign page can send without asking first."""
+        given = (self._request.content_type or "").partition(";")[0].strip().lower()
+        if given != wanted:
+            raise Refused("bad_type", f"the body must be {wanted}, not {given[:80]!r}", f"send Content-Type: {wanted}")
 
     def add_headers(self) -> None:
         for name, value in SECURITY_HEADERS.items():
@@ -6310,6 +6405,7 @@ class Routes:
             "/api/deploys": self.deploys,
             "/api/deploys/<number:int>": lambda number: {"deploy": self._s.views.deploy(number)},
             "/api/schedules": lambda: {"schedules": self._s.views.schedules()},
+            "/api/files": lambda: {"files": self._s.attachments.rows(), "max_bytes": self._s.attachments.max_bytes},
             "/api/usage": lambda: {"usage": self._s.views.usage(self._query("days", 30, 366))},
             "/api/audit": lambda: {
                 "audit": self._s.views.audit(before=self._before(), most=self._query("max", 100, 1000))
@@ -6324,6 +6420,7 @@ class Routes:
             "/api/agents/<name>/<action>": self.act,
             "/api/messages": self.send,
             "/api/messages/read": self.read,
+            "/api/files/delete": self.delete_file,
             "/api/questions/<number:int>/answer": self.answer,
             "/api/questions/<number:int>/cancel": self.cancel_question,
             "/api/schedules": self.schedule,
@@ -6335,6 +6432,7 @@ class Routes:
             ("GET", open_to_all, {"open": True}),
             ("GET", reading, {}),
             ("POST", acting, {}),
+            ("POST", {"/api/files": self.attach}, {"takes": "application/octet-stream"}),
         ):
             for path, handler in routes.items():
                 yield method, path, handler, options
@@ -6563,6 +6661,19 @@ class Routes:
         f.done()
         return {"read": self._s.broker.mark_read(ids)}
 
+    def attach(self) -> Json:
+        name = self._request.query.getunicode("name", "")
+        if not name or not name.isprintable():
+            raise Refused("bad_request", f"{name[:200]!r} is no file's name", "POST /api/files?name=NAME")
+        return self._s.attachments.add(self._actor, name, self._request.body)
+
+    def delete_file(self) -> Json:
+        f = self._body()
+        name = f.text("name")
+        f.done()
+        self._s.attachments.delete(self._actor, name)
+        return {}
+
     def answer(self, number: int) -> Json:
         f = self._body()
         text = f.text("text", max_bytes=self._s.config.limits.body_bytes)
@@ -6659,6 +6770,7 @@ class Dashboard:
     def __init__(self, services: Services, listener: socket.socket) -> None:
         import waitress
         from waitress.channel import HTTPChannel
+        from waitress.parser import HTTPRequestParser
         from waitress.task import ErrorTask
 
         self._server: Any = waitress.create_server(
@@ -6674,8 +6786,24 @@ class Dashboard:
             max_request_body_size=BODY_MAX,
             ident="",
         )
-        errors = type("Errors", (ErrorTask,), {"execute": refuse_early})
-        self._server.channel_class = type("Channel", (HTTPChannel,), {"error_task_class": errors})
+        roomy = copy.copy(self._server.adj)
+        roomy.max_request_body_size = services.attachments.max_bytes + 1
+
+        class Parser(HTTPRequestParser):  # type: ignore[misc]
+            """Waitress keeps a body before the application sees its headers: a long one only from the operator."""
+
+            def parse_header(self, header_plus: bytes) -> None:
+                super().parse_header(header_plus)
+                if self.path == "/api/files" and services.token.is_in(self.headers.get("AUTHORIZATION", "")):
+                    self.adj = roomy
+
+        class Errors(ErrorTask):  # type: ignore[misc]
+            execute = refuse_early
+
+        class Channel(HTTPChannel):  # type: ignore[misc]
+            error_task_class, parser_class = Errors, Parser
+
+        self._server.channel_class = Channel
         logging.getLogger("waitress").setLevel(logging.WARNING)  # it reports each stream handed over as a disconnect
         self._thread = threading.Thread(target=self._server.run, name="dashboard", daemon=True)
         self._thread.start()
@@ -6815,6 +6943,7 @@ class Daemon:
             agents=agents,
             deploys=deploys,
             prechecks=prechecks,
+            attachments=Attachments(config, store, agents.containers.operator_dir),
             views=views,
             hub=hub,
             notifier=notifier,

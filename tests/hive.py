@@ -33,7 +33,7 @@ REHEARSAL = f"'{sys.executable}' '{ROOT / 'harness.py'}' rehearsal"
 AGENT_PORTS = 900  # an agent's port is agent_port_base plus a number below this, taken from its name
 
 
-def wait_for(look: Callable[[], Any], what: str, *, timeout_s: float = 15) -> Any:
+def wait_for(look: Callable[[], Any], what: str, *, timeout_s: float = 30) -> Any:
     """The first true answer of `look`, which is asked twenty times a second."""
     deadline = time.monotonic() + timeout_s
     while not (seen := look()):
@@ -260,13 +260,15 @@ class Hive:
     def api(
         self, method: str, path: str, body: Any = None, *, token: str | None = "", headers: dict[str, str] | None = None
     ) -> Answer:
-        """One HTTP request, with the operator's token unless another or None is given."""
-        send = {"Content-Type": "application/json"} if body is not None else {}
+        """One HTTP request, with the operator's token unless another or None is given. Bytes go as they are."""
+        kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
+        send = {} if body is None else {"Content-Type": kind}
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body)
         if token is not None:
             send["Authorization"] = f"Bearer {token or self.token}"
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
-            connection.request(method, path, None if body is None else json.dumps(body), {**send, **(headers or {})})
+            connection.request(method, path, data, {**send, **(headers or {})})
             response = connection.getresponse()
             text = response.read().decode()
         finally:

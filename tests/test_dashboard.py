@@ -5,11 +5,13 @@ import json
 import re
 import signal
 import socket
+import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+from urllib.parse import quote
 
 import psutil
 import pytest
@@ -338,6 +340,7 @@ def test_each_get_answers_with_its_keys(crew: Hive) -> None:
         "/api/schedules": {"schedules"},
         "/api/usage?days=3": {"usage"},
         "/api/audit?max=5": {"audit"},
+        "/api/files": {"files", "max_bytes"},
     }  # fmt: skip
     for path, expected in keys.items():
         answer = crew.api("GET", path)
@@ -370,6 +373,43 @@ def test_metrics_are_prometheus_text(crew: Hive) -> None:
 
 
 # ── POST ──
+
+
+def test_an_attached_file_is_kept_for_the_agents_to_read(crew: Hive) -> None:
+    names = ["plan.tar.gz", "plan.tar.gz", "../../etc/pass wd", "C:\\notes.txt", ".bashrc", "-rf", "é" * 200 + ".pdf"]
+    kept = ["plan.tar.gz", "plan.tar-2.gz", "pass-wd", "notes.txt", "bashrc", "rf", "é" * 58 + ".pdf"]
+    content = bytes(range(256))
+    answers = [crew.api("POST", f"/api/files?name={quote(name)}", content).body for name in names]
+    assert [answer["name"] for answer in answers] == kept
+    for answer in answers:
+        file = Path(answer["path"])
+        assert file.parent == crew.state / "operator" and file.read_bytes() == content and answer["size"] == 256
+        assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    assert sorted(row["name"] for row in crew.api("GET", "/api/files").body["files"]) == sorted(kept)
+    assert crew.api("POST", "/api/files/delete", {"name": "rf"}).body == {}
+    assert not (crew.state / "operator/rf").exists()
+    for name in ("rf", "../hive.sqlite", "."):
+        assert refused(crew.api("POST", "/api/files/delete", {"name": name}), 404, "not_found")
+    for name in ("", "%00", "a%0Ab", "a%E2%80%AEb"):
+        assert refused(crew.api("POST", f"/api/files?name={name}", b"x"), 400, "bad_request")
+    whats = [row["what"] for row in crew.api("GET", "/api/audit").body["audit"]]
+    assert whats.count("attached") == len(names) and whats.count("attachment_deleted") == 1
+    assert not list((crew.state / "tmp").iterdir())
+
+
+def test_only_the_operator_may_send_a_long_body(folder: Path) -> None:
+    with Hive(folder, limits={"attachment_bytes": 3_000_000}) as hive:
+        assert hive.api("POST", "/api/files?name=long", b"x" * 3_000_000).body["size"] == 3_000_000
+        for token, path, size in (
+            (hive.token, "/api/files?name=longer", 3_000_001),
+            (hive.token, "/api/messages", 3_000_000),
+            ("wrong", "/api/files?name=long", 3_000_000),
+        ):
+            asked = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n"
+            asked += f"Content-Type: application/octet-stream\r\nContent-Length: {size}\r\n\r\n"
+            assert refused(raw(hive, asked), 413, "too_large")  # before a byte of it was sent
+        assert refused(hive.api("POST", "/api/files?name=x", {}), 415, "bad_type")
+        assert refused(hive.api("POST", "/api/files?name=x", b"x", token=None), 401, "unauthorized")
 
 
 def test_messages_and_reading_them(crew: Hive) -> None:
