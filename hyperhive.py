@@ -1545,11 +1545,14 @@ class Broker:
         if not self.limits.ping_pong:
             return
         spoke = tx.value("SELECT max(id) FROM messages WHERE sender = ? AND recipient IN (?, ?)", OPERATOR, one, other)
-        since = now_ms() - self.limits.ping_pong_s * 1000
-        count = tx.value(PING_PONG_SQL, one, other, since, spoke or 0, self.limits.ping_pong + 1)
-        if count <= self.limits.ping_pong:
+        since, most = now_ms() - self.limits.ping_pong_s * 1000, self.limits.ping_pong
+        if tx.value(PING_PONG_SQL, one, other, since, spoke or 0, most + 1) <= most:
             return
-        reason = f"{one} and {other} exchanged more than {self.limits.ping_pong} messages without a word from you"
+        resumed = "SELECT max(at) FROM audit WHERE what = 'resume' AND who LIKE 'operator%' AND subject IN (?, ?)"
+        since = max(since, tx.value(resumed, one, other) or 0)  # to resume them is a word, too
+        if tx.value(PING_PONG_SQL, one, other, since, spoke or 0, most + 1) <= most:
+            return
+        reason = f"{one} and {other} exchanged more than {most} messages without a word from you"
         fresh = [name for name in (one, other) if self.pause(tx, SYSTEM_ACTOR, name, paused=True, reason=reason)]
         if fresh:
             self.tell(tx, OPERATOR, "paused", f"{reason}: both are paused.", agents=[one, other])

@@ -211,6 +211,12 @@ def test_ping_pong_pauses_both_and_the_operator_is_told(folder: Path) -> None:
             (notice,) = told(hive, "paused")
             assert notice["data"]["agents"] == ["alice", "bob"] and "alice and bob" in notice["body"]
             assert lease(alice, wait_s=0) == lease(bob, wait_s=0) == []
+            for name in ("alice", "bob"):
+                assert hive.ask(cmd="set_paused", name=name, paused=False)["ok"]
+            exchange(2)  # so did resuming them
+            assert not agent_row(hive, "alice")["paused"]
+            send(alice, "bob", "thanks, still")
+            assert agent_row(hive, "alice")["paused"] and len(told(hive, "paused")) == 2
 
 
 # ── leasing ──
