@@ -25,7 +25,7 @@ import {
 import { agent_named, changed, on, state } from "./store.js";
 import { get, post, send_message } from "./api.js";
 import { Transcript } from "./transcript.js";
-import { destroy_form, levers } from "./agents.js";
+import { destroy_form, levers, sign_in_ends_soon, why_words } from "./agents.js";
 
 // ── Signing in ───────────────────────────────────────────────────────────────────────────────────
 
@@ -165,7 +165,12 @@ function state_panel(agent, base, { first = null, last = null }) {
         ),
       fact("today", cost_words(agent)),
       agent.signed_in_until &&
-        fact("signed in", agent.signed_in_renews ? "renews itself" : `until ${clock(agent.signed_in_until)}`),
+        fact(
+          "signed in",
+          agent.signed_in_renews
+            ? "renews itself"
+            : ["until ", clock(agent.signed_in_until), ", ", ago(agent.signed_in_until, "until")],
+        ),
       agent.deployed_sha && fact("deployed", h("code", null, short_sha(agent.deployed_sha))),
       agent.pending_reminders > 0 && fact("reminders", agent.pending_reminders),
       agent.unread > 0 && fact("waiting mail", agent.unread),
@@ -236,7 +241,26 @@ function threads_panel(name, threads) {
 
 // ── The whole ────────────────────────────────────────────────────────────────────────────────────
 
-const calm = (agent) => (agent.state === "working" ? "" : (agent.state_reason ?? ""));
+function reason_line(agent) {
+  const words = why_words(agent);
+  const tone = agent.state === "failed" ? "bad" : agent.attached ? "warn" : "dim";
+  return words && h("p", { class: `reason-line ${tone}` }, words);
+}
+
+function sign_in_line(agent) {
+  return (
+    sign_in_ends_soon(agent) &&
+    !wants_signin(agent) &&
+    h(
+      "p",
+      { class: "reason-line warn" },
+      "Its sign-in ends ",
+      ago(agent.signed_in_until, "until"),
+      " and does not renew itself. ",
+      plain("Sign in again", () => toggle(`login:${agent.name}`, true), { kind: "small" }),
+    )
+  );
+}
 
 export function agent_main(agent, transcript, where, crumbs) {
   return [
@@ -260,8 +284,8 @@ export function agent_main(agent, transcript, where, crumbs) {
     ),
     agent.status_text && h("p", { class: "status dim" }, agent.status_text),
     agent.rehearsal && h("p", { class: "rehearsal" }, REHEARSAL),
-    agent.attached && h("p", { class: "reason-line warn" }, "Somebody is at its keyboard; its mail waits."),
-    calm(agent) && h("p", { class: `reason-line ${agent.state === "failed" ? "bad" : "dim"}` }, agent.state_reason),
+    reason_line(agent),
+    sign_in_line(agent),
     wants_signin(agent) && panel({ class: "pad" }, signin(agent, where.base)),
     panel({ class: "transcript-panel" }, transcript.draw(), composer(agent, where)),
   ];

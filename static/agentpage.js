@@ -7,6 +7,7 @@ import { begin, get, post, Stream, take_token_from_address } from "./api.js";
 import { changed, connected, draw_with, state } from "./store.js";
 import { banner, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
 import { agent_main, agent_side } from "./agent.js";
+import { is_parked } from "./agents.js";
 import { Transcript } from "./transcript.js";
 
 let agent = null;
@@ -101,17 +102,21 @@ function page() {
     h(
       "aside",
       { class: `column-side ${toggled("side") ? "shown" : ""}`, "aria-label": "State" },
-      agent_side(agent, "/api", threads, { first: pause_lever() }),
+      agent_side(agent, "/api", threads, { first: levers() }),
     ),
   );
 }
 
-function pause_lever() {
-  const [action, label] = agent.paused ? ["resume", "Resume"] : ["pause", "Pause"];
-  return button(`agent:${agent.name}`, label, () => post(`/api/${action}`), {
-    kind: "small",
-    name: `${label} ${agent.name}`,
-  });
+function levers() {
+  const lever = (action, label) =>
+    button(`agent:${agent.name}`, label, () => post(`/api/${action}`), {
+      kind: "small",
+      name: `${label} ${agent.name}`,
+    });
+  return [
+    (agent.paused || is_parked(agent)) && lever("resume", "Resume"),
+    !agent.paused && lever("pause", "Pause"),
+  ];
 }
 
 // ── Start ────────────────────────────────────────────────────────────────────────────────────────

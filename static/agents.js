@@ -1,7 +1,7 @@
 // All agents: two lines each, and the levers.
 
 import { h } from "./dom.js";
-import { ago, dollars, inline, plural, web_href } from "./text.js";
+import { ago, dollars, hive_now, inline, plural, web_href, you_or } from "./text.js";
 import {
   act,
   button,
@@ -24,9 +24,39 @@ import {
 import { changed, on, state } from "./store.js";
 import { get, post } from "./api.js";
 
+// ── What it waits for, in words ──────────────────────────────────────────────────────────────────
+
+const PARKED = new Set(["failed", "needs_login", "rate_limited"]);
+
+/** Whether a resume by hand would end a wait. */
+export const is_parked = (agent) => PARKED.has(agent.state) && agent.running !== false;
+
+function paused_words({ paused_by = "", state_reason = "" }) {
+  if (state_reason.startsWith("paused")) return `P${state_reason.slice(1)}.`;
+  const by = paused_by && ` by ${paused_by === "system" ? "hyperhive" : you_or(paused_by)}`;
+  return `Paused${by}${state_reason && `: ${state_reason.replace(/\.$/, "")}`}.`;
+}
+
+/** Why it takes no mail, as a sentence; "" while it does. */
+export function why_words(agent) {
+  if (agent.attached) return "An interactive session has it. Its mail waits until that ends.";
+  if (agent.state === "paused") return paused_words(agent);
+  return agent.state === "working" ? "" : (agent.state_reason ?? "");
+}
+
+const SOON_MS = 3 * 86400000;
+
+export const sign_in_ends_soon = ({ state: now, signed_in_until, signed_in_renews }) =>
+  Boolean(signed_in_until) &&
+  !signed_in_renews &&
+  now !== "needs_login" &&
+  Date.parse(signed_in_until) - hive_now() < SOON_MS;
+
 // ── A row ────────────────────────────────────────────────────────────────────────────────────────
 
-const second_line = (agent) => agent.status_text ?? agent.state_reason ?? agent.description ?? "";
+const second_line = (agent) =>
+  (agent.state === "idle" || agent.state === "stopped" ? "" : why_words(agent)) ||
+  (agent.status_text ?? agent.state_reason ?? agent.description ?? "");
 
 function badges(agent) {
   return [
@@ -35,6 +65,13 @@ function badges(agent) {
         "span",
         { class: "badge", title: "Its configuration was made for an older hyperhive: rebuild it" },
         "needs update",
+      ),
+    sign_in_ends_soon(agent) &&
+      h(
+        "span",
+        { class: "badge warn", title: "It does not renew itself: sign in again before that" },
+        "sign-in ends ",
+        ago(agent.signed_in_until, "until"),
       ),
     agent.unread > 0 && h("span", { class: "badge", title: "Messages it has not taken yet" }, `${agent.unread} unread`),
     agent.rehearsal && h("span", { class: "badge", title: "A scripted stand-in plays Claude" }, "rehearsal"),
@@ -136,7 +173,8 @@ export function levers(agent) {
     ];
   return [
     !agent.running && lever("start", "Start"),
-    lever(agent.paused ? "resume" : "pause", agent.paused ? "Resume" : "Pause"),
+    (agent.paused || is_parked(agent)) && lever("resume", "Resume"),
+    !agent.paused && lever("pause", "Pause"),
     agent.running && lever("restart", "Restart"),
     agent.running && lever("stop", "Stop"),
     lever("rebuild", "Rebuild"),

@@ -7,6 +7,7 @@ import { agent_named, changed, is_new, is_running_phase, state } from "./store.j
 import { get, post } from "./api.js";
 import { approval_card, approve_all, kind_words, press, request_words } from "./approval.js";
 import { signin } from "./agent.js";
+import { is_parked } from "./agents.js";
 import { open_question, press_option, question_card } from "./question.js";
 
 // What a notice points to is known here, too, and perhaps newer: then that counts.
@@ -142,6 +143,7 @@ function notice_buttons(row, agent) {
     row.kind === "dead_letter" && h("a", { class: "button", href: "#/flow" }, "Look in Flow"),
     agent && h("a", { class: "button", href: `#/agents/${agent.name}` }, `Open ${agent.name}`),
     agent && row.kind === "failed" && (agent.running ? lever("Restart", "restart") : lever("Start", "start")),
+    agent && (row.kind === "failed" || row.kind === "rate_limited") && is_parked(agent) && lever("Resume", "resume"),
     agent?.paused && (row.kind === "budget" || row.kind === "paused") && lever("Resume", "resume"),
   ];
 }

@@ -1,7 +1,7 @@
 // System: what runs here, what is scheduled, and who did what.
 
 import { h } from "./dom.js";
-import { ago, clock, prose_preview, span, web_href } from "./text.js";
+import { ago, clock, dollars, prose_preview, span, web_href } from "./text.js";
 import { button, empty, heading, panel, refusal } from "./parts.js";
 import { changed, state } from "./store.js";
 import { get, post } from "./api.js";
@@ -35,7 +35,7 @@ const CONTAINERS = {
 };
 
 function facts() {
-  const { hive, version } = state;
+  const { hive, usage, version } = state;
   const home = web_href(hive.home);
   const fact = (name, value) => value && h("div", { class: "fact" }, h("dt", null, name), h("dd", null, value));
   return panel(
@@ -48,6 +48,7 @@ function facts() {
       fact("agents run as", CONTAINERS[hive.containers] ?? hive.containers),
       fact("domain", hive.domain),
       home && fact("address", h("a", { href: home }, home)),
+      usage.budget_usd && fact("today", `${dollars(usage.today_usd)} of ${dollars(usage.budget_usd)} that all may spend`),
       hive.rehearsal && fact("Claude", "a rehearsal: scripted, no model is reached"),
     ),
   );

@@ -54,7 +54,10 @@ export function tool_box(step, draw_child) {
     step.children.length > 0 && nested(key, step.children, draw_child),
     step.result &&
       (open || worth_showing(step.result.data, edits)) &&
-      output_view(key, step.result.data, name === "Read" ? 0 : SHOWN_LINES, open),
+      [
+        output_view(key, step.result.data, name === "Read" ? 0 : SHOWN_LINES, open),
+        pictures_view(step.result.data, name, open),
+      ],
   );
 }
 
@@ -87,6 +90,37 @@ const BARE = /^\{"(ok":true|id":\d+)\}$/;
 const worth_showing = ({ output = "", is_error, images }, edits) =>
   is_error || images > 0 || (!edits && !BARE.test(output));
 
+// ── Pictures ─────────────────────────────────────────────────────────────────────────────────────
+// They come as base64 with the result, if they are small. Nothing else may become a `data:` address.
+
+const PICTURE_TYPES = new Set(["image/png", "image/jpeg", "image/gif", "image/webp"]);
+const PICTURE_DATA = /^[A-Za-z0-9+/]+={0,2}$/;
+const PICTURE_CHARACTERS = 1 << 20;
+
+const is_picture = ({ type, data }) =>
+  PICTURE_TYPES.has(type) && typeof data === "string" && data.length <= PICTURE_CHARACTERS && PICTURE_DATA.test(data);
+
+function pictures_view({ images = 0, pictures = [] }, name, open) {
+  const shown = pictures.filter(is_picture);
+  const left = Math.max(images, pictures.length) - shown.length;
+  return [
+    shown.length > 0 &&
+      h(
+        "div",
+        { class: `pictures ${open ? "large" : ""}` },
+        shown.map(({ type, data }, index) =>
+          h("img", {
+            src: `data:${type};base64,${data}`,
+            alt: `Picture ${index + 1} of ${shown.length}, result of ${title(name)}`,
+            decoding: "async",
+          }),
+        ),
+      ),
+    left > 0 &&
+      h("p", { class: "dim pad" }, shown.length ? `${plural(left, "more picture")}, not kept` : `${plural(left, "picture")}, not kept`),
+  ];
+}
+
 function input_view(name, input, edits) {
   if (edits) return edits.map((lines) => diff_lines(lines));
   const only = Object.keys(input).length === 1 && typeof Object.values(input)[0] === "string";
@@ -108,14 +142,13 @@ function nested(key, children, draw_child) {
   );
 }
 
-function output_view(key, { output = "", images, is_error }, shown, open) {
+function output_view(key, { output = "", is_error }, shown, open) {
   const text = output.replace(/\s+$/, "");
   const lines = text === "" ? 0 : text.split("\n").length;
   const whole = open || (lines <= shown && text.length <= SHOWN_CHARACTERS);
-  const picture_words = images ? h("p", { class: "dim pad" }, plural(images, "picture")) : null;
-  if (!lines) return picture_words;
+  if (!lines) return null;
   if (whole && text.startsWith("diff --git "))
-    return [h("div", { class: "output-diff" }, diff_view(key, text)), picture_words];
+    return h("div", { class: "output-diff" }, diff_view(key, text));
   const part = whole ? text : text.split("\n").slice(0, shown).join("\n").slice(0, SHOWN_CHARACTERS);
   return [
     part && h("pre", { class: `output ${is_error ? "bad" : ""}`, tabindex: "0" }, part),
@@ -125,6 +158,5 @@ function output_view(key, { output = "", images, is_error }, shown, open) {
         { type: "button", class: "quiet more", onclick: () => toggle(key, true) },
         `all ${plural(lines, "line")}`,
       ),
-    picture_words,
   ];
 }

@@ -154,18 +154,28 @@ function draw_turn(key, turn, { open, all, partial }) {
           ),
         steps.slice(hidden).map(draw_step),
         partial && step_row("", prose(partial, { class: "live-text", caret: CARET }), { key: "partial" }),
-        end &&
-          end.data.outcome !== "done" &&
-          step_row(
-            "",
-            h(
-              "p",
-              { class: end.data.outcome === "failed" ? "bad" : "dim" },
-              `${end.data.outcome === "failed" ? "The turn failed" : "Interrupted"}${end.data.reason ? `: ${end.data.reason}` : "."}`,
-            ),
-          ),
+        end && end.data.outcome !== "done" && step_row("", how_it_ended(end.data), { key: "end" }),
       ),
   );
+}
+
+// What comes after a turn that failed, by the class of its failure: its mail is never lost.
+const AFTERWARDS = {
+  authentication_failed: "Its mail waits for the sign-in.",
+  rate_limit: "Its mail waits until the limit resets, or until you resume it.",
+  server_error: "It tries again by itself, ever less often.",
+  unreachable: "It tries again by itself, ever less often.",
+  prompt_too_long: "It goes on in a new conversation, with its notes.",
+  billing_error: "Its mail waits until the account has credit and you resume it.",
+  model_not_found: "Its mail waits until you choose another model.",
+};
+
+function how_it_ended({ outcome, reason, class: failure }) {
+  const failed = outcome === "failed";
+  return h("p", { class: failed ? "bad" : "dim" }, [
+    `${failed ? "The turn failed" : "Interrupted"}${reason ? `: ${reason}` : "."}`,
+    failed && ` ${AFTERWARDS[failure] ?? "It tries again by itself."}`,
+  ]);
 }
 
 function turn_line(key, turn, { start, end, steps, open }) {

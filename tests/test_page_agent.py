@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +15,15 @@ from pathlib import Path
 import browserbox
 import pytest
 from browserbox import Tab, rehearse, row_of, spawn
-from hive import Hive, wait_for
+from hive import HYPERHIVE, Hive, wait_for
 from playwright.sync_api import expect
 
 browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
 
 MANY = 100_000
+DOT = (  # a picture of one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def team() -> Iterator[Hive]:
         patch.setenv("HYPERHIVE_REHEARSAL_SPEED", "1")
         with Hive(Path(place)) as hive:
             spawn(hive, "alice")
-            yield hive
+            yield hive.spawn("bob")  # stopped: a test speaks in its place
 
 
 @pytest.fixture(params=["dashboard", "own page"])
@@ -60,6 +64,7 @@ def test_it_is_paused_and_given_another_model(team: Hive, tab: Tab) -> None:
     side = tab.page.get_by_role("complementary")
     side.get_by_role("button", name="Pause alice").click()
     expect(tab.page.locator(".agent-heading")).to_contain_text("paused")
+    expect(tab.page.locator(".reason-line")).to_have_text(re.compile(r"Paused (by you|at its own page)\."))
     side.get_by_role("button", name="Resume alice").click()
     expect(tab.page.locator(".agent-heading")).to_contain_text("idle")
     side.get_by_role("button", name="Model").click()
@@ -67,6 +72,41 @@ def test_it_is_paused_and_given_another_model(team: Hive, tab: Tab) -> None:
     side.get_by_role("button", name="Set model").click()
     expect(side.get_by_label("Model for alice")).to_have_count(0)
     expect(side.locator(".fact").filter(has_text="context")).to_contain_text("% of")
+
+
+def test_who_has_it_at_the_keyboard_is_told(team: Hive, tab: Tab) -> None:
+    argv = [*HYPERHIVE, "--dir", str(team.folder), "attach", "alice"]
+    with subprocess.Popen(argv, stdin=-1, stdout=subprocess.DEVNULL, stderr=-1) as command:
+        expect(tab.page.locator(".reason-line")).to_contain_text("An interactive session has it.")
+        command.communicate()
+    expect(tab.page.locator(".reason-line")).to_have_count(0)
+    expect(tab.page.locator(".agent-heading")).to_contain_text("idle")
+
+
+def test_the_end_of_a_sign_in_is_shown_before_it_comes(team: Hive, tab: Tab) -> None:
+    file = team.state / "agents/alice/claude/.credentials.json"
+    until = int(time.time() + 26 * 3600) * 1000
+    signed_in = tab.page.get_by_role("complementary").locator(".fact").filter(has_text="signed in")
+    file.write_text(json.dumps({"claudeAiOauth": {"accessToken": "one", "expiresAt": until}}))
+    team.cli("send", "alice", rehearse({"text": "one"}))
+    expect(tab.page.locator(".reason-line")).to_contain_text("Its sign-in ends in 1 day and does not renew itself.")
+    expect(signed_in).to_contain_text(re.compile(r"until .*\d\d:\d\d, in 1 day"))
+    tokens = {"accessToken": "one", "refreshToken": "two", "expiresAt": until}
+    file.write_text(json.dumps({"claudeAiOauth": tokens}))
+    team.cli("send", "alice", rehearse({"text": "two"}))
+    expect(signed_in).to_contain_text("renews itself")
+    expect(tab.page.locator(".reason-line")).to_have_count(0)
+    file.unlink()
+
+
+def test_pictures_are_shown_where_a_tool_returned_them(team: Hive, tab: Tab) -> None:
+    pictures = [{"media_type": "image/png", "data": DOT}, {"media_type": "image/tiff", "data": DOT}]
+    team.cli("send", "alice", rehearse({"pictures": pictures}))
+    tool = tab.page.locator("section.turn").last.locator(".tool").last
+    picture = tool.get_by_role("img", name="Picture 1 of 1")
+    expect(picture).to_be_visible()
+    expect(picture).to_have_js_property("naturalWidth", 1)
+    expect(tool).to_contain_text("1 more picture, not kept")
 
 
 def test_a_sign_in_through_the_page(team: Hive, tab: Tab) -> None:
@@ -84,7 +124,7 @@ def test_a_sign_in_through_the_page(team: Hive, tab: Tab) -> None:
 
 def test_what_a_sub_agent_does_stands_below_its_call(team: Hive, open_tab: Callable[..., Tab]) -> None:
     tab = open_tab(f"{team.url}/#token={team.token}")
-    tab.go("agents/alice")
+    tab.go("agents/bob")
     call = {"tool_use_id": "outer", "name": "Task", "input": {"description": "look it up"}}
     inner = {"tool_use_id": "inner", "name": "Bash", "input": {"command": "ls"}, "parent": "outer"}
     told = [
@@ -97,13 +137,12 @@ def test_what_a_sub_agent_does_stands_below_its_call(team: Hive, open_tab: Calla
         ),
         ("tool_result", {"tool_use_id": "outer", "output": "found", "is_error": False}),
     ]
-    at, first = "2026-01-01T00:00:00Z", int(time.time())
     events = [
-        {"id": first + number, "at": at, "turn": 999_999, "kind": kind, "data": data}
-        for number, (kind, data) in enumerate(told)
+        {"id": number, "at": "2026-01-01T00:00:00Z", "turn": 1, "kind": kind, "data": data}
+        for number, (kind, data) in enumerate(told, 1)
     ]
-    with team.agent("alice") as alice:
-        assert alice.ask("report", events=events)["ok"]
+    with team.agent("bob") as bob:
+        assert bob.ask("report", events=events)["ok"]
     outer = tab.page.locator(".tool").filter(has_text="look it up").first
     expect(outer).not_to_contain_text("I look.")
     outer.get_by_role("button", name="sub-agent, 2 steps").click()
@@ -117,6 +156,12 @@ def test_a_limit_says_when_it_goes_on_by_itself(team: Hive, tab: Tab) -> None:
     heading = tab.page.locator(".agent-heading")
     expect(heading).to_contain_text("at its limit")
     expect(heading).to_contain_text(re.compile(r"goes on at \d\d:\d\d, in \d+ s"))
+    turns = tab.page.locator("section.turn")
+    known = turns.count()
+    expect(turns.last).to_contain_text("The turn failed: A limit of the service is reached.")
+    expect(turns.last).to_contain_text("Its mail waits until the limit resets, or until you resume it.")
+    tab.page.get_by_role("button", name="Resume alice").click()
+    wait_for(lambda: turns.count() > known, "another try", timeout_s=30)
 
 
 def test_a_hundred_thousand_events_open_at_once_and_are_paged_back(
