@@ -65,7 +65,7 @@ import typing
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Final, Literal, NoReturn, Protocol, TypeVar
+from typing import IO, Any, Final, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 # ──────────────────────────────────────────────────────────────────────────────
 # Constants and configuration
@@ -351,6 +351,13 @@ class Status(enum.StrEnum):
     FAILED = "failed"
 
 
+class QuestionStatus(enum.StrEnum):
+    OPEN = "open"
+    ANSWERED = "answered"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
 class Phase(enum.StrEnum):
     QUEUED = "queued"
     BUILDING = "building"
@@ -459,9 +466,12 @@ def check_sha(value: str) -> str:
 
 
 def parse_object(line: bytes | str, what: str = "the request") -> Json:
-    """One JSON object. Refuses what Python reads and others can't: lone surrogates, NaN, 1e999, deep nesting."""
+    """One JSON object. Refuses what Python reads and others can't, or read otherwise.
+
+    That is: lone surrogates, NaN, 1e999, deep nesting, and a key that stands twice in one object.
+    """
     try:
-        value = json.loads(line, parse_constant=_no_constant)
+        value = json.loads(line, parse_constant=_no_constant, object_pairs_hook=_object)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError, UnicodeError) as error:
         raise Refused("bad_request", f"{what} is no JSON that we can read: {str(error)[:200]}") from None
@@ -485,6 +495,13 @@ def _is_deep(value: Any) -> bool:
         if not level:
             return False
     return True
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Json:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return value
 
 
 def _no_constant(word: str) -> NoReturn:
@@ -1819,7 +1836,7 @@ class Broker:
             row = self._open_question(tx, number)
             if actor.name not in (row["target"], OPERATOR):
                 raise Refused("forbidden", f"question {number} was put to {row['target']}, not to you")
-            self._settle(tx, actor, row, "answered", text)
+            self._settle(tx, actor, row, QuestionStatus.ANSWERED, text)
 
         self.store.write(work)
 
@@ -1828,7 +1845,7 @@ class Broker:
             row = self._open_question(tx, number)
             if actor.name not in (row["asker"], OPERATOR):
                 raise Refused("forbidden", f"question {number} was asked by {row['asker']}, not by you")
-            self._settle(tx, actor, row, "cancelled", "[cancelled]")
+            self._settle(tx, actor, row, QuestionStatus.CANCELLED, "[cancelled]")
 
         self.store.write(work)
 
@@ -1836,11 +1853,11 @@ class Broker:
         row = tx.one("SELECT * FROM questions WHERE id = ?", number)
         if row is None:
             raise Refused("not_found", f"there is no question {number}")
-        if row["status"] != "open":
+        if row["status"] != QuestionStatus.OPEN:
             raise Refused("conflict", f"question {number} is {row['status']} already")
         return row
 
-    def _settle(self, tx: Tx, actor: Actor, row: sqlite3.Row, outcome: str, text: str) -> None:
+    def _settle(self, tx: Tx, actor: Actor, row: sqlite3.Row, outcome: QuestionStatus, text: str) -> None:
         number = row["id"]
         tx.execute(
             "UPDATE questions SET status = ?, answer = ?, answered_by = ?, answered_at = ? WHERE id = ?",
@@ -1860,9 +1877,9 @@ class Broker:
         tx.audit(actor, f"question_{outcome}", number)
         tx.changed("question", number)
         body = f"Question {number} ({row['question'][:200]}) was {outcome}"
-        body += f" by {actor.name}: {text}" if outcome == "answered" else "."
+        body += f" by {actor.name}: {text}" if outcome is QuestionStatus.ANSWERED else "."
         data = {"question": number, "answer": text, "by": actor.name, "outcome": outcome}
-        if not (outcome == "cancelled" and actor.name == row["asker"]):
+        if not (outcome is QuestionStatus.CANCELLED and actor.name == row["asker"]):
             self.tell(tx, row["asker"], "question_answered", body, **data)
 
     # -- reminders and schedules
@@ -1935,7 +1952,7 @@ class Broker:
                 self.tell(tx, name, "schedule", row["body"], schedule=row["id"], by=row["created_by"])
         expired = "SELECT * FROM questions WHERE status = 'open' AND expires_at <= ?"
         for row in tx.execute(expired, moment).fetchall():
-            self._settle(tx, SYSTEM_ACTOR, row, "expired", "[expired]")
+            self._settle(tx, SYSTEM_ACTOR, row, QuestionStatus.EXPIRED, "[expired]")
 
     def _scheduled_for(self, tx: Tx, to: str) -> list[str]:
         query = "SELECT name FROM agents WHERE NOT kept AND (name = ?1 OR ?1 = '*') ORDER BY name"
@@ -1964,7 +1981,11 @@ class Broker:
             "SELECT * FROM questions WHERE status = 'open' AND (asker = ?1 OR target = ?1)", name
         ).fetchall():
             self._settle(
-                tx, Actor(row["asker"]) if row["asker"] == name else SYSTEM_ACTOR, row, "cancelled", "[cancelled]"
+                tx,
+                Actor(row["asker"]) if row["asker"] == name else SYSTEM_ACTOR,
+                row,
+                QuestionStatus.CANCELLED,
+                "[cancelled]",
             )
         tx.execute("DELETE FROM reminders WHERE agent = ?", name)
         tx.execute("UPDATE schedules SET next_at = NULL WHERE recipient = ?", name)
@@ -2367,6 +2388,13 @@ class Request:
         return hashlib.sha256(same.encode()).hexdigest()
 
 
+def found_request(approval: int, row: sqlite3.Row | None) -> sqlite3.Row:
+    """What a look-up of a request has found, or `Refused`: the readers' connections and the writer's look alike."""
+    if row is None:
+        raise Refused("not_found", f"there is no request {approval}", "`pending` lists those that wait")
+    return row
+
+
 def digest_of(row: sqlite3.Row) -> str:
     """What a person was shown, in short: it changes whenever something else would be done."""
     shown = json.dumps([row["id"], row["fingerprint"], row["fetched_sha"], row["base_sha"]])
@@ -2510,10 +2538,11 @@ class Approvals:
         if tx.execute("UPDATE deploys SET not_before = NULL WHERE approval = ? AND not_before", approval).rowcount:
             self._tell(tx, row, Status.APPROVED, row["note"], None)
 
+    def row(self, approval: int) -> sqlite3.Row:
+        return found_request(approval, self._store.row("SELECT * FROM approvals WHERE id = ?", approval))
+
     def pending(self, approval: int) -> sqlite3.Row:
-        row = self._store.row("SELECT * FROM approvals WHERE id = ?", approval)
-        if row is None:
-            raise Refused("not_found", f"there is no request {approval}", "`pending` lists those that wait")
+        row = self.row(approval)
         self._must_be_pending(row)
         return row
 
@@ -2590,10 +2619,7 @@ class Approvals:
             self.fail(tx, row["id"], why, note=why)
 
     def _row(self, tx: Tx, approval: int) -> sqlite3.Row:
-        row = tx.one("SELECT * FROM approvals WHERE id = ?", approval)
-        if row is None:
-            raise Refused("not_found", f"there is no request {approval}", "`pending` lists those that wait")
-        return row
+        return found_request(approval, tx.one("SELECT * FROM approvals WHERE id = ?", approval))
 
     @staticmethod
     def _must_be_pending(row: sqlite3.Row) -> None:
@@ -3484,7 +3510,11 @@ class Agents:
         return f"http://{self._config.page_host}:{self._config.port_of(name)}/" + (f"#token={token}" if token else "")
 
     def living(self, name: str) -> sqlite3.Row:
-        row = self._store.row("SELECT * FROM agents WHERE name = ? AND NOT kept", name)
+        return self.known(name, kept=False)
+
+    def known(self, name: str, *, kept: bool = True) -> sqlite3.Row:
+        """The row of an agent; one that was destroyed with its state kept counts, unless told otherwise."""
+        row = self._store.row("SELECT * FROM agents WHERE name = ? AND (NOT kept OR ?)", name, int(kept))
         if row is None:
             raise Refused("unknown_agent", f"there is no agent {name!r}", "`list` shows who is there")
         return row
@@ -3566,9 +3596,7 @@ class Agents:
         """Remove the container; keep notes, sign-in, config and mail, or with `purge` wipe all of it."""
         if name == MANAGER:
             raise Refused("forbidden", "the manager can't be destroyed", "stop it, if it should rest")
-        row = self._store.row("SELECT kept FROM agents WHERE name = ?", name)
-        if row is None or (row["kept"] and not purge):
-            raise Refused("unknown_agent", f"there is no agent {name!r}", "`list` shows who is there")
+        self.known(name, kept=purge)
         with self._locks[name]:
             self._store.write(lambda tx: self._retire(tx, actor, name, purge=purge))
             self.take_down(name, wipe=purge)
@@ -3717,7 +3745,7 @@ class Attachments:
                 size = self._fill(file, content)
                 kept = self._link(Path(file.name), folder, self._safe(name))
         except OSError as error:
-            raise Refused("internal", f"the file can't be kept: {error}") from None
+            raise Refused("storage", f"the file can't be kept: {error}") from None
         self._store.write(lambda tx: tx.audit(actor, "attached", kept, f"{size} bytes"))
         return {"name": kept, "path": f"{self._seen_at}/{kept}", "size": size}
 
@@ -4398,9 +4426,7 @@ class Views:
 
     def approval(self, approval: int, *, diff: bool = False) -> Json:
         """One request; with `diff` all that helps to decide."""
-        row = self._store.row(APPROVAL_SQL + " WHERE a.id = ?", approval)
-        if row is None:
-            raise Refused("not_found", f"there is no request {approval}", "`pending` lists those that wait")
+        row = found_request(approval, self._store.row(APPROVAL_SQL + " WHERE a.id = ?", approval))
         shown = self._approval(row)
         if not diff:
             return shown
@@ -4622,7 +4648,7 @@ class Views:
             yield _worry("approval", row["id"], row["agent"], text, row["requested_at"])
 
     def _waiting_questions(self) -> Iterator[Json]:
-        for row in reversed(self.questions(status="open", who=OPERATOR)):
+        for row in reversed(self.questions(status=QuestionStatus.OPEN, who=OPERATOR)):
             yield _worry("question", row["id"], row["from"], f"{row['from']} asks: {row['question']}", row["asked_at"])
 
     def _troubled(self, agents: list[Json]) -> Iterator[Json]:
@@ -4672,7 +4698,7 @@ class Views:
             },
             "agents": agents,
             "approvals": self.open_approvals(),
-            "questions": self.questions(status="open")[::-1],
+            "questions": self.questions(status=QuestionStatus.OPEN)[::-1],
             "messages": self.messages(),
             "deploys": self.deploys(most=20),
             "usage": without_none(today_usd=self.spent_today(), budget_usd=self._config.hive_daily_budget_usd or None),
@@ -5636,7 +5662,7 @@ class AgentConnection(Connection):
 
     def open_threads(self, f: Fields) -> Json:
         f.done()
-        questions = self._s.views.questions(status="open", who=self.name)
+        questions = self._s.views.questions(status=QuestionStatus.OPEN, who=self.name)
         return {
             "asked": [row for row in questions if row["from"] == self.name],
             "to_answer": [row for row in questions if row["to"] == self.name],
@@ -5992,7 +6018,7 @@ class HostConnection(Connection):
 
     def pending(self, f: Fields) -> Json:
         self._s.approvals.fail_orphans()
-        questions = self._s.views.questions(status="open", who=OPERATOR)[::-1]
+        questions = self._s.views.questions(status=QuestionStatus.OPEN, who=OPERATOR)[::-1]
         return {"approvals": self._s.views.approvals(Status.PENDING)[::-1], "questions": questions}
 
     def show(self, f: Fields) -> Json:
@@ -6008,13 +6034,14 @@ class HostConnection(Connection):
     def logs(self, f: Fields) -> Json:
         name, lines = f.name(), f.integer("lines", least=1, most=LOG_LINES_MAX, default=100)
         after = f.text("after", max_bytes=200, default=None)
-        if self._s.store.row("SELECT 1 FROM agents WHERE name = ?", name) is None:
-            raise Refused("unknown_agent", f"there is no agent {name!r}", "`list` shows who is there")
+        self._s.agents.known(name)
         text, cursor = self._s.agents.containers.log(name, lines, after)
         return {"lines": text, "cursor": cursor}
 
     def events(self, f: Fields) -> Json:
         agent = f.name() if f.has("name") else None
+        if agent is not None:
+            self._s.agents.known(agent)
         after, most = f.integer("after", default=None), f.integer("max", least=1, most=2000, default=100)
         return {"events": self._s.views.events(agent=agent, after=after, most=most)}
 
@@ -6221,17 +6248,14 @@ CONTENT_TYPES: Final[Mapping[str, str]] = {
 }
 BODY_MAX: Final = 1024 * 1024
 HANDOVER_S: Final = 5.0
-
-
-CONTROL_ACTIONS: Final[Mapping[str, Control]] = {
-    "interrupt": Control.INTERRUPT,
-    "compact": Control.COMPACT,
-    "new_session": Control.NEW_SESSION,
-    "model": Control.SET_MODEL,
-    "login_begin": Control.LOGIN_BEGIN,
-    "login_finish": Control.LOGIN_FINISH,
-    "login_cancel": Control.LOGIN_CANCEL,
-}
+# What a harness is told with no more than the word.
+PLAIN_CONTROLS: Final = (
+    Control.INTERRUPT,
+    Control.COMPACT,
+    Control.NEW_SESSION,
+    Control.LOGIN_BEGIN,
+    Control.LOGIN_CANCEL,
+)
 
 
 class TooManyGuesses(Refused):
@@ -6315,17 +6339,28 @@ class Guard:
     def _admit(self) -> None:
         request, host = self._request, header_of(self._request, "Host")
         self._gate.check_host(host)
-        if not request.route.config.get("open", False):
+        if not request.route.config["open"]:
             self._gate.check_token(header_of(request, "Authorization"), request.remote_addr or "")
+            self._check_query(request.route.config["query"])
         if request.method not in ("GET", "HEAD"):
             self._gate.check_origin(header_of(request, "Origin"), host)
-            self._check_type(request.route.config.get("takes", "application/json"))
+            self._check_type(request.route.config["takes"])
 
     def _check_type(self, wanted: str) -> None:
         """Neither type is one that a foreign page can send without asking first."""
         given = (self._request.content_type or "").partition(";")[0].strip().lower()
         if given != wanted:
             raise Refused("bad_type", f"the body must be {wanted}, not {given[:80]!r}", f"send Content-Type: {wanted}")
+
+    def _check_query(self, known: Sequence[str]) -> None:
+        """A parameter that nobody reads is a mistake of the caller's: a page of rows would begin anew, say."""
+        query = self._request.query
+        for key in query:
+            if key not in known:
+                hint = f"the parameters here: {', '.join(known) or 'none'}"
+                raise Refused("bad_request", f"unknown parameter {key[:60]!r}", hint)
+            if len(query.getall(key)) > 1:
+                raise Refused("bad_request", f"the parameter {key!r} stands twice")
 
     def add_headers(self) -> None:
         for name, value in SECURITY_HEADERS.items():
@@ -6366,14 +6401,32 @@ def make_app(services: Services) -> Any:
     bottle.BaseRequest.MEMFILE_MAX = BODY_MAX
     app = bottle.Bottle()
     app.config["json.enable"] = False
-    app.router.add_filter("int", lambda _: (r"\d{1,15}", int, None))  # a longer number is no id of ours
+    app.router.add_filter("int", lambda _: (r"[0-9]{1,15}", int, None))  # a longer number is no id of ours
     guard = Guard(Gate(services.config, services.token), bottle.request, bottle.response)
     app.install(guard)
     app.add_hook("after_request", guard.add_headers)
     app.default_error_handler = guard.on_failure
-    for method, path, handler, options in Routes(services, bottle.request, bottle.response).table():
-        app.route(path, method, handler, **options)
+    app.add_hook("before_request", lambda: refuse_bad_utf8(bottle))
+    for route in Routes(services, bottle.request, bottle.response).table():
+        options = {"open": route.open, "query": route.query, "takes": route.takes}
+        app.route(route.path, route.method, route.handler, **options)
     return app
+
+
+def refuse_bad_utf8(bottle: Any) -> None:
+    """Bottle drops bytes of a path that are no UTF-8, so that `/api/st%FFate` would be `/api/state`."""
+    environ = bottle.request.environ
+    if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
+        raise bottle.HTTPError(404)
+
+
+class Route(NamedTuple):
+    method: str
+    path: str
+    handler: Callable[..., Any]
+    query: tuple[str, ...] = ()  # what may stand behind the `?`
+    takes: str = "application/json"  # of which type its body is
+    open: bool = False  # to whoever comes, without the token
 
 
 class Routes:
@@ -6385,70 +6438,85 @@ class Routes:
         self._files = {path.name: path for path in (HERE / "static").iterdir() if path.suffix in CONTENT_TYPES}
         self._actor = Actor(OPERATOR, "dashboard")
 
-    def table(self) -> Iterator[tuple[str, str, Callable[..., Any], Json]]:
-        open_to_all: dict[str, Callable[..., Any]] = {
-            "/": lambda: self.static("index.html"),
-            "/static/<name>": self.static,
-            "/healthz": lambda: {"ok": True},
+    def table(self) -> list[Route]:
+        get, post = functools.partial(Route, "GET"), functools.partial(Route, "POST")
+        return [
+            get("/", lambda: self.static("index.html"), open=True),
+            get("/static/<name>", self.static, open=True),
+            get("/healthz", lambda: {"ok": True}, open=True),
+            get("/metrics", self.metrics),
+            get("/api/state", self.state),
+            get("/api/stream", self.stream, ("agent",)),
+            get("/api/agents", lambda: {"agents": self._s.views.agents(kept=True)}),
+            get("/api/agents/<name>", self.agent),
+            get("/api/agents/<name>/events", self.events, ("before", "max")),
+            get("/api/agents/<name>/diff", self.diff, ("from", "to")),
+            get("/api/approvals", self.approvals, ("status",)),
+            get("/api/approvals/<number:int>", self.approval),
+            get("/api/approvals/<number:int>/precheck", self.precheck),
+            get("/api/approvals/<number:int>/files", lambda number: {"files": self._requests.files(number)}),
+            get("/api/messages", self.messages, ("before", "max", "with")),
+            get("/api/questions", self.questions, ("status",)),
+            get("/api/deploys", self.deploys, ("agent",)),
+            get("/api/deploys/<number:int>", lambda number: {"deploy": self._s.views.deploy(number)}),
+            get("/api/schedules", lambda: {"schedules": self._s.views.schedules()}),
+            get("/api/files", self.files),
+            get("/api/usage", self.usage, ("days",)),
+            get("/api/audit", self.audit, ("before", "max")),
+            post("/api/approvals/<number:int>/approve", self.approve),
+            post("/api/approvals/<number:int>/undo", self.undo),
+            post("/api/approvals/<number:int>/edit", self.edit),
+            post("/api/approvals/<number:int>/deny", self.deny),
+            post("/api/agents", self.spawn),
+            *(post(f"/api/agents/<name>/{action}", handler) for action, handler in self._actions().items()),
+            post("/api/messages", self.send),
+            post("/api/messages/read", self.read),
+            post("/api/files", self.attach, ("name",), takes="application/octet-stream"),
+            post("/api/files/delete", self.delete_file),
+            post("/api/questions/<number:int>/answer", self.answer),
+            post("/api/questions/<number:int>/cancel", self.cancel_question),
+            post("/api/schedules", self.schedule),
+            post("/api/schedules/<number:int>/cancel", self.cancel_schedule),
+            post("/api/pause_all", self.pause_all),
+            post("/api/notify/test", self.test_notification),
+        ]
+
+    def _actions(self) -> dict[str, Callable[[str], Json]]:
+        """What can be done with an agent. All but the last three want nothing but its name."""
+        plain: dict[str, Callable[[str], Json | None]] = {
+            "start": lambda name: self._s.agents.start(self._actor, name),
+            "stop": lambda name: self._s.agents.stop(self._actor, name),
+            "restart": lambda name: self._s.agents.restart(self._actor, name),
+            "kill": lambda name: self._s.agents.stop(self._actor, name, graceful=False),
+            "pause": lambda name: self._pause(name, paused=True),
+            "resume": lambda name: self._pause(name, paused=False),
+            "rebuild": lambda name: {"deploy_id": self._s.deploys.rebuild(self._actor, name)},
+            "rollback": lambda name: {"deploy_id": self._s.deploys.rollback(self._actor, name)},
+            **{str(do): functools.partial(self._control, do=do) for do in PLAIN_CONTROLS},
         }
-        reading: dict[str, Callable[..., Any]] = {
-            "/metrics": self.metrics,
-            "/api/state": self.state,
-            "/api/stream": self.stream,
-            "/api/agents": lambda: {"agents": self._s.views.agents(kept=True)},
-            "/api/agents/<name>": self.agent,
-            "/api/agents/<name>/events": self.events,
-            "/api/agents/<name>/diff": self.diff,
-            "/api/approvals": self.approvals,
-            "/api/approvals/<number:int>": self.approval,
-            "/api/approvals/<number:int>/precheck": lambda number: {"log": self._s.prechecks.log(number)},
-            "/api/approvals/<number:int>/files": lambda number: {"files": self._requests.files(number)},
-            "/api/messages": self.messages,
-            "/api/questions": self.questions,
-            "/api/deploys": self.deploys,
-            "/api/deploys/<number:int>": lambda number: {"deploy": self._s.views.deploy(number)},
-            "/api/schedules": lambda: {"schedules": self._s.views.schedules()},
-            "/api/files": lambda: {"files": self._s.attachments.rows(), "max_bytes": self._s.attachments.max_bytes},
-            "/api/usage": lambda: {"usage": self._s.views.usage(self._query("days", 30, 366))},
-            "/api/audit": lambda: {
-                "audit": self._s.views.audit(before=self._before(), most=self._query("max", 100, 1000))
-            },
+        return {action: functools.partial(self._act, handler) for action, handler in plain.items()} | {
+            "destroy": self.destroy,
+            "model": self.choose_model,
+            "login_finish": self.finish_login,
         }
-        acting: dict[str, Callable[..., Any]] = {
-            "/api/approvals/<number:int>/approve": self.approve,
-            "/api/approvals/<number:int>/undo": self.undo,
-            "/api/approvals/<number:int>/edit": self.edit,
-            "/api/approvals/<number:int>/deny": self.deny,
-            "/api/agents": self.spawn,
-            "/api/agents/<name>/<action>": self.act,
-            "/api/messages": self.send,
-            "/api/messages/read": self.read,
-            "/api/files/delete": self.delete_file,
-            "/api/questions/<number:int>/answer": self.answer,
-            "/api/questions/<number:int>/cancel": self.cancel_question,
-            "/api/schedules": self.schedule,
-            "/api/schedules/<number:int>/cancel": self.cancel_schedule,
-            "/api/pause_all": self.pause_all,
-            "/api/notify/test": self.test_notification,
-        }
-        for method, routes, options in (
-            ("GET", open_to_all, {"open": True}),
-            ("GET", reading, {}),
-            ("POST", acting, {}),
-            ("POST", {"/api/files": self.attach}, {"takes": "application/octet-stream"}),
-        ):
-            for path, handler in routes.items():
-                yield method, path, handler, options
 
     # -- what the routes read
 
     def _query(self, key: str, default: int, most: int) -> int:
-        text = self._request.query.get(key, "")
-        if not text:
+        text = self._request.query.get(key)
+        if text is None:
             return default
-        if not text.isdecimal() or len(text) > 16 or not 1 <= int(text) <= most:
+        if not re.fullmatch("[0-9]{1,16}", text) or not 1 <= int(text) <= most:
             raise Refused("bad_request", f"{key}={text[:40]!r} must be a whole number from 1 to {most}")
         return int(text)
+
+    def _word(self, key: str, choices: type[enum.StrEnum]) -> str | None:
+        word: str | None = Fields(dict(self._request.query), strict=False).choice(key, choices, default=None)
+        return word
+
+    def _agent(self, key: str) -> str | None:
+        name = self._request.query.get(key)
+        return None if name is None else check_name(name)
 
     def _before(self) -> int | None:
         return self._query("before", 0, 2**53) or None
@@ -6475,19 +6543,17 @@ class Routes:
         return {"seq": seq} | self._s.views.snapshot()
 
     def agent(self, name: str) -> Json:
-        rows = self._s.views.agents(check_name(name), kept=True)
-        if not rows:
-            raise Refused("unknown_agent", f"there is no agent {name!r}")
+        self._s.agents.known(check_name(name))
         return {
-            "agent": rows[0],
+            "agent": self._s.views.agents(name, kept=True)[0],
             "events": self._s.views.events(agent=name),
-            "questions": self._s.views.questions(status="open", who=name),
+            "questions": self._s.views.questions(status=QuestionStatus.OPEN, who=name),
             "reminders": self._s.views.reminders(name),
         }
 
     def events(self, name: str) -> Json:
         """Older events; what the host no longer keeps is asked of the harness and comes over the stream."""
-        check_name(name)
+        self._s.agents.known(check_name(name))
         before, most = self._before(), self._query("max", 300, 1000)
         found = self._s.views.events(agent=name, before=before, most=most)
         if before and len(found) < most and before > 1:
@@ -6511,25 +6577,37 @@ class Routes:
         return {"diff": diff, "files": diff_files(diff)}
 
     def approvals(self) -> Json:
+        status = self._word("status", Status)
         self._s.approvals.fail_orphans()
-        status = Fields(dict(self._request.query), strict=False).choice("status", Status, default=None)
         return {"approvals": self._s.views.approvals(status)}
 
     def approval(self, number: int) -> Json:
         return {"approval": self._s.views.approval(number, diff=True)}
 
+    def precheck(self, number: int) -> Json:
+        self._s.approvals.row(number)
+        return {"log": self._s.prechecks.log(number)}
+
     def messages(self) -> Json:
-        who = self._request.query.get("with") or None
+        who = self._request.query.get("with")
         if who not in (None, OPERATOR, SYSTEM):
             check_name(who)
         return {"messages": self._s.views.messages(before=self._before(), most=self._query("max", 100, 1000), who=who)}
 
     def questions(self) -> Json:
-        return {"questions": self._s.views.questions(status=self._request.query.get("status") or None)}
+        return {"questions": self._s.views.questions(status=self._word("status", QuestionStatus))}
 
     def deploys(self) -> Json:
-        agent = self._request.query.get("agent")
-        return {"deploys": self._s.views.deploys(agent=check_name(agent) if agent else None)}
+        return {"deploys": self._s.views.deploys(agent=self._agent("agent"))}
+
+    def files(self) -> Json:
+        return {"files": self._s.attachments.rows(), "max_bytes": self._s.attachments.max_bytes}
+
+    def usage(self) -> Json:
+        return {"usage": self._s.views.usage(self._query("days", 30, 366))}
+
+    def audit(self) -> Json:
+        return {"audit": self._s.views.audit(before=self._before(), most=self._query("max", 100, 1000))}
 
     def metrics(self) -> bytes:
         self._response.content_type = "text/plain; version=0.0.4; charset=utf-8"
@@ -6537,9 +6615,7 @@ class Routes:
         return metrics_text(self._s).encode()
 
     def stream(self) -> Iterator[bytes]:
-        agent = self._request.query.get("agent", "")
-        if agent:
-            check_name(agent)
+        agent = self._agent("agent") or ""
         after = header_of(self._request, "Last-Event-ID")
         if self._request.environ.get("SERVER_PROTOCOL") != "HTTP/1.1":
             raise Refused("bad_request", "the stream needs HTTP/1.1")
@@ -6600,40 +6676,17 @@ class Routes:
         f.done()
         return {"deploy_id": self._s.deploys.spawn(self._actor, name, description)}
 
-    def act(self, name: str, action: str) -> Json:
+    def _act(self, handler: Callable[[str], Json | None], name: str) -> Json:
         check_name(name)
-        f = self._body()
-        if action == "destroy":
-            return self._destroy(name, f)
-        if action in CONTROL_ACTIONS:
-            return self._control(name, CONTROL_ACTIONS[action], f)
-        handler = self._actions().get(action)
-        if handler is None:
-            raise Refused(
-                "not_found",
-                f"there is no action {action[:40]!r}",
-                f"known: {', '.join([*self._actions(), 'destroy', *CONTROL_ACTIONS])}",
-            )
-        f.done()
+        self._body().done()
         return handler(name) or {}
-
-    def _actions(self) -> dict[str, Callable[[str], Json | None]]:
-        agents, deploys, actor = self._s.agents, self._s.deploys, self._actor
-        return {
-            "start": lambda name: agents.start(actor, name),
-            "stop": lambda name: agents.stop(actor, name),
-            "restart": lambda name: agents.restart(actor, name),
-            "kill": lambda name: agents.stop(actor, name, graceful=False),
-            "pause": lambda name: self._pause(name, paused=True),
-            "resume": lambda name: self._pause(name, paused=False),
-            "rebuild": lambda name: {"deploy_id": deploys.rebuild(actor, name)},
-            "rollback": lambda name: {"deploy_id": deploys.rollback(actor, name)},
-        }
 
     def _pause(self, name: str, *, paused: bool) -> None:
         self._s.store.write(lambda tx: self._s.broker.pause(tx, self._actor, name, paused=paused))
 
-    def _destroy(self, name: str, f: Fields) -> Json:
+    def destroy(self, name: str) -> Json:
+        check_name(name)
+        f = self._body()
         confirm, purge = f.text("confirm"), f.flag("purge")
         f.done()
         if confirm != name:
@@ -6641,15 +6694,24 @@ class Routes:
         self._s.agents.destroy(self._actor, name, purge=purge)
         return {}
 
-    def _control(self, name: str, do: Control, f: Fields) -> Json:
-        fields: Json = {}
-        if do is Control.SET_MODEL:
-            fields["model"] = f.text("model", max_bytes=100)
-        if do is Control.LOGIN_FINISH:
-            fields["code"] = f.text("code")
+    def choose_model(self, name: str) -> Json:
+        check_name(name)
+        f = self._body()
+        model = f.text("model", max_bytes=100)
         f.done()
-        control_agent(self._s, self._actor, name, do, fields)
+        self._control(name, do=Control.SET_MODEL, model=model)
         return {}
+
+    def finish_login(self, name: str) -> Json:
+        check_name(name)
+        f = self._body()
+        code = f.text("code")
+        f.done()
+        self._control(name, do=Control.LOGIN_FINISH, code=code)
+        return {}
+
+    def _control(self, name: str, *, do: Control, **fields: Any) -> None:
+        control_agent(self._s, self._actor, name, do, fields)
 
     def send(self) -> Json:
         f = self._body()

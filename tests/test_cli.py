@@ -122,6 +122,7 @@ def test_what_is_refused_and_why(crew: Hive) -> None:
         ("send", "alice", ""): "empty",
         ("send", "alice", "x" * 65_537): "at most 65536",
         ("logs", "nobody"): "there is no agent 'nobody'",
+        ("events", "nobody"): "there is no agent 'nobody'",
         ("logs", "../alice"): "lower-case letters",
         ("logs", "alice", "--lines", "0"): "from 1 to 1000",
         ("destroy", "manager", "--yes"): "the manager can't be destroyed",

@@ -19,8 +19,8 @@ from hive import HYPERHIVE, Answer, Hive, free_ports, wait_for
 
 import hyperhive
 
-FILLED = {"<number:int>": "1", "<name>": "alice", "<action>": "start"}
-TABLE = [(method, path, options) for method, path, _, options in hyperhive.Routes(None, None, None).table()]  # type: ignore[arg-type]
+FILLED = {"<number:int>": "1", "<name>": "alice"}
+TABLE = hyperhive.Routes(None, None, None).table()  # type: ignore[arg-type]
 
 
 def filled(path: str) -> str:
@@ -32,11 +32,11 @@ def filled(path: str) -> str:
     return path
 
 
-every_route = pytest.mark.parametrize(("method", "path"), [(method, filled(path)) for method, path, _ in TABLE])
+every_route = pytest.mark.parametrize(("method", "path"), [(route.method, filled(route.path)) for route in TABLE])
 guarded_route = pytest.mark.parametrize(
-    ("method", "path"), [(method, filled(path)) for method, path, options in TABLE if not options.get("open")]
+    ("method", "path"), [(route.method, filled(route.path)) for route in TABLE if not route.open]
 )
-posting_route = pytest.mark.parametrize("path", [filled(path) for method, path, _ in TABLE if method == "POST"])
+posting_route = pytest.mark.parametrize("path", [filled(route.path) for route in TABLE if route.method == "POST"])
 
 
 def raw(hive: Hive, request: str | bytes) -> Answer:
@@ -74,7 +74,7 @@ def has_headers(answer: Answer) -> bool:
 
 
 def test_only_three_routes_are_open() -> None:
-    assert [path for _, path, options in TABLE if options.get("open")] == ["/", "/static/<name>", "/healthz"]
+    assert [route.path for route in TABLE if route.open] == ["/", "/static/<name>", "/healthz"]
 
 
 @guarded_route
@@ -184,12 +184,24 @@ def test_headers_are_on_every_answer(crew: Hive) -> None:
         ("GET", "/api/agents/..", 400, "bad_name"),
         ("GET", "/api/agents/%2e%2e", 400, "bad_name"),
         ("GET", "/api/agents/tencharact/events", 400, "bad_name"),
-        ("GET", "/api/agents/%ff%00", 400, "bad_name"),
+        ("GET", "/api/agents/%00", 400, "bad_name"),
+        ("GET", "/api/agents/al%ffice", 404, "not_found"),
+        ("GET", "/api/st%ffate", 404, "not_found"),
+        ("GET", "/api/st%c0%61te", 404, "not_found"),
+        ("GET", "/api/agents/nobody/events", 404, "unknown_agent"),
         ("GET", "/api/approvals/9999", 404, "not_found"),
         ("GET", "/api/approvals/-1", 404, "not_found"),
         ("GET", "/api/approvals/x", 404, "not_found"),
         ("GET", "/api/approvals/99999999999999999999", 404, "not_found"),
+        ("GET", "/api/approvals/%D9%A1", 404, "not_found"),  # a digit, but none of ours
+        ("GET", "/api/approvals/9999/precheck", 404, "not_found"),
         ("GET", "/api/approvals?status=odd", 400, "bad_request"),
+        ("GET", "/api/approvals?state=pending", 400, "bad_request"),
+        ("GET", "/api/approvals?status=pending&status=pending", 400, "bad_request"),
+        ("GET", "/api/state?x", 400, "bad_request"),
+        ("POST", "/api/pause_all?x=%00", 400, "bad_request"),
+        ("GET", "/api/questions?status=odd", 400, "bad_request"),
+        ("GET", "/api/messages?max=", 400, "bad_request"),
         ("GET", "/api/deploys/9999", 404, "not_found"),
         ("GET", "/api/messages?max=0", 400, "bad_request"),
         ("GET", "/api/messages?max=1001", 400, "bad_request"),
@@ -220,6 +232,7 @@ def test_a_wrong_address_has_the_one_error_shape(crew: Hive, method: str, path: 
         ("/api/messages", b'{"to":"alice","body":NaN}'),
         ("/api/messages", b'{"to":"alice","body":"\\ud800"}'),
         ("/api/messages", b"[" * 100_000),
+        ("/api/messages", b'{"to":"alice","body":"x","body":"y"}'),
         ("/api/messages", b'{"to":"alice"}'),
         ("/api/messages", b'{"to":"alice","body":7}'),
         ("/api/messages", b'{"to":"alice","body":""}'),
@@ -350,7 +363,7 @@ def test_each_get_answers_with_its_keys(crew: Hive) -> None:
     assert crew.api("GET", "/api/deploys/1").body["deploy"]["log"]
     assert len(crew.api("GET", "/api/audit?max=5").body["audit"]) == 5
     one = re.compile(r"<number:int>|<name>")
-    gets = {one.sub("*", path) for method, path, _ in TABLE if method == "GET"}
+    gets = {one.sub("*", route.path) for route in TABLE if route.method == "GET"}
     tried = {re.sub(r"/\d+|/alice", "/*", path.partition("?")[0]) for path in keys}
     assert gets - tried == {"/", "/static/*", "/metrics", "/api/stream"}
 
