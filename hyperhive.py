@@ -1175,6 +1175,9 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     ALTER TABLE agents ADD COLUMN trouble TEXT NOT NULL DEFAULT '';     -- what the manager was told of
     ALTER TABLE agents ADD COLUMN signed_in_renews INTEGER;
     """,
+    """
+    ALTER TABLE approvals ADD COLUMN touches TEXT NOT NULL DEFAULT '[]';  -- what its diff reaches into, in words
+    """,
 )
 
 
@@ -2091,6 +2094,26 @@ EMPTY_TREE: Final = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # git's own cons
 DIFF_MAX: Final = 4 * 1024 * 1024
 BUNDLE_MARKS: Final = (b"# v2 git bundle\n", b"# v3 git bundle\n")
 FORBIDDEN_FILES: Final = frozenset({"flake.nix", "flake.lock"})
+WHOLE: Final = 1_000_000  # lines of context around each change
+READ_MAX: Final = 1024 * 1024
+TOUCHES: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
+    (re.compile(r"\bsystemPackages\b"), "programs that its shell finds"),
+    (re.compile(r"\bservices\.hyperhive\.harness\b"), "how its Claude is run or prompted"),
+    (re.compile(r"\bservices\b(?!\.hyperhive\b)"), "services that run in its container"),
+    (re.compile(r"\b(networking|firewall|openssh|nameservers|proxy)\b"), "networking"),
+    (re.compile(r"\b(users|sudo|extraGroups|authorizedKeys)\b"), "users and their rights"),
+    (re.compile(r"\b(systemd|boot|fileSystems)\b|\benvironment\.etc\b"), "the base system"),
+    (re.compile(r"\bfetch\w+\b|\bhttps?:|\bimport\b|\bbuiltins\b"), "code or files from elsewhere"),
+)
+NIX_WORDS: Final = re.compile(
+    r"""
+      \#[^\r\n]* | /\*.*?(?:\*/|\Z) | "(?:[^"\\]|\\.)*+"? | ''.*?(?:''(?!['$\\])|\Z)
+    | (?P<name>[A-Za-z_][\w'-]*(?:\s*\.\s*[A-Za-z_"][\w'"-]*)*)
+    | (?P<mark>==|[=;{}()\[\]])
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+HUNK: Final = re.compile(r"@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@")
 
 
 def git(
@@ -2108,6 +2131,7 @@ def git(
     settings = {
         "core.hooksPath": "/dev/null",
         "core.fsmonitor": "false",
+        "core.quotePath": "false",
         "gc.auto": "0",
         "protocol.allow": "never",
         "protocol.file.allow": "always",
@@ -2142,6 +2166,14 @@ class Change:
     message: str
     path: str = "agent.nix"
     author: str = "hyperhive"
+
+
+@dataclasses.dataclass(frozen=True)
+class Diff:
+    """What a person is shown of a change: its text as git writes it, and in words what it reaches into."""
+
+    text: str = ""
+    touches: tuple[str, ...] = ()
 
 
 class Repositories:
@@ -2283,12 +2315,23 @@ class Repositories:
         git("update-ref", ref, sha, cwd=self._config.repository(name))
         return ref
 
-    def diff(self, name: str, base: str | None, sha: str) -> str:
-        """A unified diff, made once; what is longer than `DIFF_MAX` says so at its end."""
-        options = ("--no-color", "--no-ext-diff", "--no-textconv", "--full-index", "--find-renames")
-        raw = git("diff", *options, base or EMPTY_TREE, sha, "--", cwd=self._config.repository(name))
+    def diff(self, name: str, base: str | None, sha: str) -> Diff:
+        """Made once; what is longer than `DIFF_MAX` says so at its end."""
+        raw = self._git_diff(name, base, sha)
         text = raw[:DIFF_MAX].decode(errors="replace")
-        return text if len(raw) <= DIFF_MAX else text + f"\n… ({len(raw) - DIFF_MAX} bytes more)\n"
+        text += f"\n… ({len(raw) - DIFF_MAX} bytes more)\n" if len(raw) > DIFF_MAX else ""
+        try:
+            whole = self._git_diff(name, base, sha, f"--unified={WHOLE}").decode(errors="replace")
+        except Refused as error:
+            if error.code != "too_large":
+                raise
+            whole = text
+        return Diff(text, touches(whole))
+
+    def _git_diff(self, name: str, base: str | None, sha: str, *more: str) -> bytes:
+        """Everything as text: a file must not hide what it says by a NUL in it."""
+        options = ("--text", "--no-color", "--no-ext-diff", "--no-textconv", "--full-index", "--find-renames", *more)
+        return git("diff", *options, base or EMPTY_TREE, sha, "--", cwd=self._config.repository(name))
 
     def is_built_on(self, name: str, sha: str, base: str) -> bool:
         """False for a history that was rewritten, or that began before the last deploy."""
@@ -2320,32 +2363,95 @@ def agent_template() -> str:
     return (HERE / "static" / "agent.nix").read_text()
 
 
-def first_diff(text: str) -> str:
-    """The diff of a config that does not exist yet: all additions, as git would show it."""
-    lines = text.splitlines()
-    added = "".join(f"+{line}\n" for line in lines)
+def first_diff(text: str) -> Diff:
+    """Of a config that does not exist yet: all additions, as git would show it."""
+    lines = text.removesuffix("\n").split("\n")
+    added = "".join(f"+{line}\n" for line in lines) + ("" if text.endswith("\n") else "\\ No newline at end of file\n")
     head = "diff --git a/agent.nix b/agent.nix\nnew file mode 100644\n--- /dev/null\n+++ b/agent.nix\n"
-    return f"{head}@@ -0,0 +1,{len(lines)} @@\n{added}"
+    diff = f"{head}@@ -0,0 +1,{len(lines)} @@\n{added}"
+    return Diff(diff, touches(diff))
+
+
+def diff_lines(diff: str) -> Iterator[tuple[str, str]]:
+    """A diff as (mark, text): "file" and its path, then " ", "+" or "-" and a line of it."""
+    old = new = 0  # lines that the hunk still has
+    for line in diff.split("\n"):
+        if (old > 0 or new > 0) and line[:1] in (" ", "+", "-"):
+            old -= line[0] != "+"
+            new -= line[0] != "-"
+            yield line[0], line[1:]
+        elif line.startswith("diff --git "):
+            yield "file", _path_in(line.removeprefix("diff --git "))
+        elif match := HUNK.match(line):
+            old, new = (int(count or 1) for count in match.groups())
+
+
+def _path_in(names: str) -> str:
+    """`a/PATH b/PATH`, where the path may hold spaces, too; for a file that was renamed, the new name."""
+    before, after = names[: len(names) // 2], names[len(names) // 2 + 1 :]
+    return after.strip('"')[2:] if before.strip('"')[2:] == after.strip('"')[2:] else names.rpartition(" b/")[2]
 
 
 def diff_files(diff: str) -> list[Json]:
-    """What a diff touches: [{path, added, removed}]."""
+    """What a diff changes: [{path, added, removed}]."""
     files: list[Json] = []
-    for line in diff.splitlines():
-        if line.startswith("diff --git "):
-            files.append({"path": line.rpartition(" b/")[2], "added": 0, "removed": 0})
-        elif files and line.startswith("+") and not line.startswith("+++ "):
-            files[-1]["added"] += 1
-        elif files and line.startswith("-") and not line.startswith("--- "):
-            files[-1]["removed"] += 1
+    for mark, text in diff_lines(diff):
+        if mark == "file":
+            files.append({"path": text, "added": 0, "removed": 0})
+        elif mark != " ":
+            files[-1]["added" if mark == "+" else "removed"] += 1
     return files
 
 
-def changed_lines(diff: str) -> Iterator[str]:
-    """The added and removed lines, without their mark."""
-    for line in diff.splitlines():
-        if line[:1] in ("+", "-") and not line.startswith(("+++ ", "--- ")):
-            yield line[1:]
+def touches(diff: str) -> tuple[str, ...]:
+    """What a change reaches into, for the eye: judged by its words and the attributes around them, not evaluated."""
+    changed: set[str] = set()
+    sides: dict[str, list[tuple[bool, str]]] = {}
+    for mark, text in [*diff_lines(diff[:READ_MAX]), ("file", "")]:
+        if mark == "file":
+            changed.update(*map(_changed_words, sides.values()))
+            sides = {"-": [], "+": []}
+            continue
+        for side in sides if mark == " " else mark:
+            sides[side].append((mark != " ", text))
+    found = [words for pattern, words in TOUCHES if any(pattern.search(text) for text in changed)]
+    return (*found, "more than was looked through") if len(diff) > READ_MAX else tuple(found)
+
+
+def _changed_words(lines: list[tuple[bool, str]]) -> Iterator[str]:
+    """Each changed line that is more than a comment, behind the attribute that it lies in."""
+    for (is_changed, text), scope in zip(lines, nix_scopes([text for _, text in lines]), strict=True):
+        if is_changed and not re.fullmatch(r"\s*(#[^\r]*)?", text):
+            yield f"{scope} {text}"
+
+
+def nix_scopes(lines: list[str]) -> list[str]:
+    """For each line of a Nix text the attribute that is being defined where it begins: "services.nginx", say."""
+    text, found = "\n".join(lines), list[str]()
+    starts = list(itertools.accumulate((len(line) + 1 for line in lines), initial=0))
+    stack, attribute, name, withs = [""], "", "", 0
+
+    def tell_until(place: int) -> None:
+        while len(found) < len(lines) and starts[len(found)] <= place:
+            found.append(".".join(filter(None, [*stack[:20], attribute])))
+
+    for match in NIX_WORDS.finditer(text):
+        tell_until(match.start())
+        word = match["name"] or match["mark"]
+        if match["name"]:
+            name = re.sub(r"\s", "", word[:200])
+            withs += name in ("with", "assert")  # their semicolon ends no definition
+        elif word == "=":
+            attribute = name
+        elif word == ";":
+            withs, attribute = (withs - 1, attribute) if withs else (0, "")
+        if word in ("{", "[", "(", "let"):
+            stack.append(attribute)
+            attribute = ""
+        elif word in ("}", "]", ")", "in") and len(stack) > 1:
+            attribute = stack.pop()
+    tell_until(len(text))
+    return found
 
 
 def remove_tree(folder: Path) -> None:
@@ -2379,7 +2485,7 @@ class Request:
     detail: Json = dataclasses.field(default_factory=dict)
     sha: str | None = None
     base_sha: str | None = None
-    diff: str = ""
+    diff: Diff = Diff()
 
     @property
     def fingerprint(self) -> str:
@@ -2459,7 +2565,8 @@ class Approvals:
                 fingerprint=request.fingerprint,
                 fetched_sha=request.sha,
                 base_sha=request.base_sha,
-                diff=request.diff,
+                diff=request.diff.text,
+                touches=json.dumps(request.diff.touches),
                 cause=json.dumps(self._broker.in_hand(tx, actor.name)),
             )
             if request.kind is Kind.APPLY:
@@ -2557,11 +2664,12 @@ class Approvals:
             if request.sha != row["fetched_sha"]:
                 proposed = proposed or row["fetched_sha"]
             tx.execute(
-                "UPDATE approvals SET detail = ?, fingerprint = ?, diff = ?, base_sha = ?, proposed_sha = ?,"
-                " fetched_sha = ?, precheck = NULL WHERE id = ?",
+                "UPDATE approvals SET detail = ?, fingerprint = ?, diff = ?, touches = ?, base_sha = ?,"
+                " proposed_sha = ?, fetched_sha = ?, precheck = NULL WHERE id = ?",
                 json.dumps(request.detail),
                 request.fingerprint,
-                request.diff,
+                request.diff.text,
+                json.dumps(request.diff.touches),
                 request.base_sha,
                 proposed,
                 request.sha,
@@ -4312,15 +4420,6 @@ APPROVAL_SQL: Final = """
             ORDER BY e.phase = 'deployed', e.phase = 'failed', e.id LIMIT 1)
 """
 # What a line of a config may touch, in a person's words. A hint beside the diff, never a verdict.
-TOUCHES: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
-    (re.compile(r"\bsystemPackages\b"), "programs that its shell finds"),
-    (re.compile(r"\bservices\.hyperhive\.harness\b"), "how its Claude is run or prompted"),
-    (re.compile(r"\bservices\.(?!hyperhive\.harness)"), "services that run in its container"),
-    (re.compile(r"\b(networking|firewall|openssh|nameservers|proxy)\b"), "networking"),
-    (re.compile(r"\busers\.|\bsudo\b|\bextraGroups\b|\bauthorizedKeys\b"), "users and their rights"),
-    (re.compile(r"\bsystemd\.|\bboot\.|\bfileSystems\b|\benvironment\.etc\b"), "the base system"),
-    (re.compile(r"\bfetch\w+\b|\bhttps?:|\bimport\b|\bbuiltins\."), "code or files from elsewhere"),
-)
 LIVE_PHASES: Final = ("queued", "building", "switching")
 WORRIES: Final = {  # system messages to the operator that stay on the screen until they are read
     "dead_letter": "dead_letter",
@@ -4433,7 +4532,7 @@ class Views:
         return shown | {
             "diff": row["diff"],
             "files": diff_files(row["diff"]),
-            "touches": touches(row["diff"]),
+            "touches": json.loads(row["touches"]),
             "thread": self._thread(json.loads(row["cause"])),
             "earlier": self._earlier(row),
         }
@@ -4726,11 +4825,6 @@ class Views:
         if kind == "usage":
             return {"kind": kind, "today_usd": self.spent_today()}
         return None
-
-
-def touches(diff: str) -> list[str]:
-    lines = [line for line in changed_lines(diff) if not line.lstrip().startswith("#")]
-    return [words for pattern, words in TOUCHES if any(pattern.search(line) for line in lines)]
 
 
 def _worry(kind: str, key: Any, agent: str | None, text: str, since: str) -> Json:
@@ -5415,7 +5509,7 @@ class Requests:
         if kept is None:
             diff = first_diff(config or agent_template())
         elif config is None:
-            diff = ""
+            diff = Diff()
         else:
             sha = self._s.repositories.commit(name, Change(kept, config, f"Proposed for {name}"))
             diff = self._s.repositories.diff(name, kept, sha)
@@ -6573,7 +6667,7 @@ class Routes:
         for sha in shas:
             if self._s.store.row("SELECT 1 FROM deploys WHERE agent = ? AND sha = ?", name, sha) is None:
                 raise Refused("not_found", f"{name} never had the config {sha[:12]}")
-        diff = self._s.repositories.diff(name, *shas)
+        diff = self._s.repositories.diff(name, *shas).text
         return {"diff": diff, "files": diff_files(diff)}
 
     def approvals(self) -> Json:

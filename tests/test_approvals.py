@@ -399,6 +399,67 @@ def test_a_commit_is_shown_and_then_deployed(team: Hive, source: Source) -> None
     assert deployed == {"kind": "deployed", "agent": "alice", "sha": sha, "approval": approval}
 
 
+LAYERED = b"""{ pkgs, ... }:
+let tools = [ ]; in {
+  # a start
+  environment.systemPackages = with pkgs; [
+    git
+  ] ++ tools;
+
+  services = {
+
+    nginx = {
+      enable = false;
+    };
+  };
+  i18n.glyphs = "''";
+  services.hyperhive.harness.extraPrompt = ''
+    Be kind.
+  '';
+
+  fonts.fontconfig = {
+
+    subpixel.rgba = "none"; # an end
+  };
+}
+"""
+SHELL, SERVICES, USERS = "programs that its shell finds", "services that run in its container", "users and their rights"
+REACHES: list[tuple[bytes, bytes, list[str]]] = [
+    (b"    git\n", b"    git\n    jq\n", [SHELL]),
+    (b"    git\n", b"", [SHELL]),
+    (b" ++ tools", b"\n++ [ pkgs.jq ]", [SHELL]),  # in the diff as "+++ [ pkgs.jq ]"
+    (b"enable = false", b"enable = true", [SERVICES]),
+    (b"Be kind.", b"Be quick.", ["how its Claude is run or prompted"]),
+    (b'"none"', b'"rgb"', []),
+    (b"# a start", b"# users", []),
+    (b"# a start", b"# a start\r  users.mutableUsers = true;", [USERS]),  # a comment ends there
+    (b"# an end", b"# \0\n    users.groups.x = { };", [USERS]),  # a NUL hides nothing
+    (b"{ pkgs", b"# " + b"x" * (MIB - len(LAYERED) - 3) + b"\n{ pkgs", ["more than was looked through"]),
+]
+
+
+def test_what_a_change_reaches_into_is_said_in_words(team: Hive, source: Source) -> None:
+    first, base = proposed(team, source, {"agent.nix": LAYERED})
+    assert show(team, first)["touches"] == [SHELL, "how its Claude is run or prompted", SERVICES]
+    assert approve(team, first)["phase"] == "deployed"
+    for before, after, words in REACHES:
+        approval, _ = proposed(team, source, {"agent.nix": LAYERED.replace(before, after)}, base)
+        assert show(team, approval)["touches"] == words, after[:80]
+        assert team.ask(cmd="deny", id=approval)["ok"]
+
+
+def test_a_diff_counts_and_names_what_is_in_it(team: Hive, source: Source) -> None:
+    files = {"agent.nix": b"{ }\n", "a b/x b/y.sh": b"++ more\n-- less\n\0hidden\n", "é": b"x"}
+    first, base = proposed(team, source, files)
+    row = show(team, first)
+    assert {"path": "a b/x b/y.sh", "added": 3, "removed": 0} in row["files"]
+    assert {"path": "é", "added": 1, "removed": 0} in row["files"]
+    assert "+\0hidden" in row["diff"].split("\n")
+    assert approve(team, first)["phase"] == "deployed"
+    second, _ = proposed(team, source, files | {"a b/x b/y.sh": b"\0hidden\n"}, base)
+    assert {"path": "a b/x b/y.sh", "added": 0, "removed": 2} in show(team, second)["files"]
+
+
 def test_the_manager_changes_what_it_checked_out(team: Hive, source: Source, folder: Path) -> None:
     given = ask(team, "checkout_config", agent="alice")
     (folder / "bundle").write_bytes(base64.b64decode(given["bundle"]))
