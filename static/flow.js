@@ -41,7 +41,7 @@ export const unread_count = () =>
 const BRIEF = 6;
 
 export function flow_brief() {
-  const latest = together(state.messages.slice(-10 * BRIEF)).slice(-BRIEF);
+  const latest = together(state.messages).slice(-BRIEF);
   return [
     heading("Flow", latest.length > 0 && h("a", { href: "#/flow" }, "all and write")),
     panel(
@@ -60,23 +60,19 @@ export function flow_brief() {
   ];
 }
 
-/** A message to everyone is stored as a copy each; it is shown once. */
-function together(messages) {
-  const out = [];
+/** A message to everyone is stored as a copy each; it is shown once, where the first copy stands. */
+export function together(messages) {
+  const found = new Map();
   for (const message of messages) {
-    const last = out.at(-1);
-    if (
-      message.broadcast &&
-      last?.broadcast &&
-      last.from === message.from &&
-      last.at === message.at &&
-      last.body === message.body
-    )
-      out[out.length - 1] = { ...last, to: "all" };
-    else out.push(message);
+    const { id, from, at, body, broadcast } = message;
+    const key = broadcast ? `${from} ${at} ${body}` : id;
+    if (found.has(key)) found.get(key).push(message);
+    else found.set(key, [message]);
   }
-  return out;
+  return [...found.values()].map((copies) => (copies.length === 1 ? copies[0] : { ...copies[0], to: "all", copies }));
 }
+
+const copies_of = (message) => message.copies ?? [message];
 
 function route(message) {
   return h(
@@ -91,24 +87,29 @@ function route(message) {
 
 const filter = () => toggled("flow:with", "");
 
-/** All messages that hang together with `id` by what answers what. */
+/** All messages that hang together with `id` by what answers what; the copies of one count as that one. */
 function thread_of(id) {
-  const members = new Set([id]);
+  const messages = together(state.messages);
+  const shown_as = new Map(messages.flatMap((message) => copies_of(message).map((copy) => [copy.id, message.id])));
+  const as_shown = (number) => shown_as.get(number) ?? number;
+  const members = new Set([as_shown(id)]);
   let size;
   do {
     size = members.size;
-    for (const message of state.messages) {
-      if (members.has(message.id) && message.in_reply_to) members.add(message.in_reply_to);
-      if (members.has(message.in_reply_to)) members.add(message.id);
+    for (const message of messages) {
+      const answered = message.in_reply_to && as_shown(message.in_reply_to);
+      if (answered && members.has(message.id)) members.add(answered);
+      if (members.has(answered)) members.add(message.id);
     }
   } while (members.size > size);
-  return state.messages.filter((message) => members.has(message.id));
+  return messages.filter((message) => members.has(message.id));
 }
 
 function shown_messages(thread) {
   if (thread) return thread_of(thread);
   const name = filter();
-  return name ? state.messages.filter((message) => message.from === name || message.to === name) : state.messages;
+  const with_name = ({ from, to }) => !name || from === name || to === name;
+  return together(state.messages.filter(with_name));
 }
 
 // ── Older ones ───────────────────────────────────────────────────────────────────────────────────
@@ -152,8 +153,23 @@ export async function mark_read() {
 
 const UNDELIVERED = { queued: "waiting", leased: "being read", dead: "undelivered" };
 
+/** " · waiting", or of several copies " · 2 waiting". */
+function delivery(message) {
+  const copies = copies_of(message).filter((copy) => copy.to !== "operator");
+  return Object.entries(UNDELIVERED).map(([name, words]) => {
+    const number = copies.filter((copy) => copy.state === name).length;
+    const told = message.copies ? `${number} ${words}` : words;
+    return number > 0 && h("span", { class: name === "dead" ? "bad" : "" }, ` · ${told}`);
+  });
+}
+
+const states_of = (message) =>
+  copies_of(message)
+    .map((copy) => copy.state)
+    .join();
+
 function message_row(message) {
-  const { id, in_reply_to, state: delivery, from } = message;
+  const { id, in_reply_to, from } = message;
   const mine = from === "operator";
   return h(
     "article",
@@ -171,9 +187,7 @@ function message_row(message) {
       in_reply_to && [" · in reply to ", h("a", { href: `#/flow/thread/${id}` }, `#${in_reply_to}`)],
       message.broadcast && " · to everyone",
       message.kind && ` · ${message.kind.replaceAll("_", " ")}`,
-      message.to !== "operator" &&
-        UNDELIVERED[delivery] &&
-        h("span", { class: delivery === "dead" ? "bad" : "" }, ` · ${UNDELIVERED[delivery]}`),
+      delivery(message),
       message.attempts > 1 && ` · attempt ${message.attempts}`,
     ),
   );
@@ -262,7 +276,7 @@ function filter_field() {
 }
 
 export function flow_view(thread) {
-  const messages = together(shown_messages(thread));
+  const messages = shown_messages(thread);
   return [
     thread
       ? heading(`Thread of #${thread}`, h("a", { href: "#/flow" }, "All messages"))
@@ -287,7 +301,7 @@ export function flow_view(thread) {
       messages.length === 0 &&
         empty("No message yet. What agents write to each other and to you appears here as it happens."),
       messages.map((message) =>
-        memo(message.id, [message.state, message.attempts, message.to, is_new("message", message.id)], () =>
+        memo(message.id, [states_of(message), message.attempts, message.to, is_new("message", message.id)], () =>
           message_row(message),
         ),
       ),

@@ -6,6 +6,7 @@ import { button, draft, empty, field, heading, panel, refusal, set_draft } from 
 import { add_older_messages, changed, state } from "./store.js";
 import { get } from "./api.js";
 import { request_words } from "./approval.js";
+import { together } from "./flow.js";
 
 const PAGE = 1000;
 const SHOWN = 100;
@@ -48,7 +49,7 @@ const has_all = (words, ...texts) => {
 
 function found(words) {
   return [
-    ...state.messages
+    ...together(state.messages)
       .filter(({ id, body, from, to }) => has_all(words, `#${id}`, body, from, to))
       .map((row) => ({
         key: `m${row.id}`,

@@ -99,7 +99,10 @@ const CHANGES = {
   },
   question: ({ row }) => (row.status === "open" ? replace(state.questions, row) : remove(state.questions, row.id)),
   message: ({ row }) => {
-    if (replace(state.messages, row)) arrived.add(`message:${row.id}`);
+    if (replace(state.messages, row)) {
+      state.messages.sort(by_id); // changes need not come in the order in which messages were written
+      arrived.add(`message:${row.id}`);
+    }
     if (state.messages.length > MESSAGES_KEPT) state.messages.splice(0, 500);
   },
   deploy: ({ row }) => {
@@ -133,6 +136,8 @@ function replace(rows, row, by = "id") {
   return index < 0;
 }
 
+const by_id = (a, b) => a.id - b.id;
+
 function remove(rows, id, by = "id") {
   const index = rows.findIndex((row) => row[by] === id);
   if (index >= 0) rows.splice(index, 1);
@@ -147,7 +152,7 @@ function add_log(id, lines) {
 
 export function add_older_messages(rows) {
   const known = new Set(state.messages.map((message) => message.id));
-  state.messages = [...rows.filter((row) => !known.has(row.id)), ...state.messages].sort((a, b) => a.id - b.id);
+  state.messages = [...rows.filter((row) => !known.has(row.id)), ...state.messages].sort(by_id);
   changed();
 }
 

@@ -257,6 +257,31 @@ def test_flow_shows_messages_as_they_come_and_writes_to_one_or_all(hive: Hive, t
     expect(messages).to_have_count(2)  # the thread, and nothing else
 
 
+def test_copies_of_one_message_are_shown_once_in_whatever_order_they_come(hive: Hive, tab: Tab) -> None:
+    for name in ("alice", "bob"):
+        spawn(hive, name)
+    tab.go("flow")
+    expect(tab.page.get_by_text("No message yet. What agents")).to_be_visible()
+    copy = {"from": "operator", "at": "2026-01-01T00:00:00Z", "body": "To all of you.", "broadcast": True}
+    rows = [
+        copy | {"id": 4, "to": "bob", "state": "acked"},
+        copy | {"id": 3, "to": "erin", "state": "queued", "body": "To her alone.", "broadcast": False},
+        copy | {"id": 5, "to": "operator", "from": "bob", "state": "acked", "in_reply_to": 4, "broadcast": False},
+        copy | {"id": 2, "to": "alice", "state": "queued"},
+    ]
+    tab.page.evaluate(
+        "async rows => { const { take } = await import('/static/store.js');"
+        " rows.forEach(row => take('change', { kind: 'message', row })); }",
+        rows,
+    )
+    messages = tab.page.locator("article.message")
+    expect(messages.locator(".meta > a:first-child")).to_have_text(["#2", "#3", "#5"])
+    expect(messages.first).to_contain_text("you → all")
+    expect(messages.first).to_contain_text("1 waiting")
+    messages.first.get_by_role("link", name="#2").click()
+    expect(messages.locator(".meta > a:first-child")).to_have_text(["#2", "#5"])  # bob answered his copy
+
+
 def state_of(hive: Hive, number: int) -> str:
     rows = hive.api("GET", "/api/messages").body["messages"]
     return next(str(row["state"]) for row in rows if row["id"] == number)
