@@ -41,6 +41,7 @@ import errno
 import functools
 import hmac
 import http.server
+import itertools
 import json
 import math
 import os
@@ -311,6 +312,7 @@ class Message:
     at: str
     in_reply_to: int | None
     redelivered: bool
+    attempts: int  # with this one, without those that failed through no fault of the mail
     via_page: bool
     kind: str | None
     data: Json
@@ -400,6 +402,7 @@ def parse_message(fields: Fields) -> Message:
         at=fields.text("at"),
         in_reply_to=fields.maybe("in_reply_to", int),
         redelivered=fields.flag("redelivered"),
+        attempts=int(fields.number("attempts", 1)),
         via_page=fields.maybe("via", str) == "page",
         kind=fields.maybe("kind", str),
         data=fields.object("data").value,
@@ -1041,6 +1044,7 @@ class ClaudeProcess:
 
     def __init__(self, config: Config, launch: Launch, name: str, inbox: Inbox) -> None:
         self.launch, self._inbox = launch, inbox
+        self.silent = True  # whether it has not said a word yet: it answers `initialize` before it reads any mail
         self.began = False  # whether it has said `init`
         self.lost = False  # whether it ended a turn before that: it does not know the session to be resumed
         self.cost_usd = 0.0  # what it has counted so far
@@ -1104,6 +1108,7 @@ class ClaudeProcess:
                 try:
                     for event in translate(parse_json(line, "a line from claude")) if line.strip() else ():
                         self._inbox.put(FromClaude(self, event))
+                    self.silent = False
                 except HarnessError as problem:
                     self._garbage = f"{problem.message} It begins {line[:80]!r}"
                     self.kill()  # after one line that makes no sense no later one can be trusted
@@ -1605,6 +1610,7 @@ class Turn:
     error: str | None = None
     explanation: str = ""
     tools: int = 0
+    replaced: bool = False  # whether its Claude ended before it read anything, and another one was started
 
     @property
     def duration_ms(self) -> int:
@@ -1613,11 +1619,17 @@ class Turn:
     def next_look(self, stall_s: float) -> float:
         return min(self.interrupt_at, self.kill_at) if self.interrupted_by else self.heard + stall_s
 
+    @property
+    def read(self) -> list[int]:
+        unread = {message for ids in self.unread.values() for message in ids}
+        return [message for message in self.messages if message not in unread]
+
     def take_unread(self) -> list[int]:
-        ids = [message for group in self.unread.values() for message in group]
-        self.messages = {key: message for key, message in self.messages.items() if key not in ids}
+        read = self.read
+        unread = [message for message in self.messages if message not in read]
+        self.messages = {message: self.messages[message] for message in read}
         self.unread.clear()
-        return ids
+        return unread
 
 
 @dataclass(frozen=True)
@@ -1722,7 +1734,7 @@ class Agent:
         self._login: Login | None = None
         self._login_news: LoginNews | None = None
         self._compact_wanted = self._new_session_wanted = self._stopping = self._connected = False
-        self._preface = ""  # a word to Claude before its next mail
+        self._preface = ""  # a word to Claude before its next mail, until it has read it
         self._chosen_model: str | None = None
         self._active_model: str | None = None
         self._context: Json = {}
@@ -1778,16 +1790,26 @@ class Agent:
         """Starts what can be started now, and says where the agent stands."""
         if self._attached and self._turn is None:
             self._end_process()  # two on one session would fork it
+        begin_anew = self._new_session_wanted and not (self._turn or self._attached or self._stopping)
+        if begin_anew:
+            self._forget_session("A new session was asked for.")
         if not (self._turn or self._park or self._paused or self._attached or self._login or self._stopping):
-            if self._new_session_wanted:
-                self._forget_session("A new session was asked for.")
             if self._compact_wanted:
                 self._compact_wanted = False
                 self._start_turn([])
             elif self._held:
-                batch = list(self._held.values())[:LEASE_MAX]
-                self._start_turn(batch)
-        self._announce(self._current_standing())
+                self._start_turn(self._next_batch())
+        self._announce(self._current_standing(), force=begin_anew)
+
+    def _next_batch(self) -> list[Message]:
+        """The oldest mail. What a turn has failed with goes alone, so that it takes no other mail down with it."""
+        oldest = [self._held[message] for message in sorted(self._held)][:LEASE_MAX]
+        batch = list(itertools.takewhile(lambda message: message.attempts <= 1, oldest))
+        return batch or oldest[:1]
+
+    def _takes_more_mail(self) -> bool:
+        """Whether mail may go into the turn that runs; what the operator wants at its end is not put off by it."""
+        return not (self._paused or self._attached or self._compact_wanted or self._new_session_wanted)
 
     def _current_standing(self) -> Standing:
         if self._turn:
@@ -1947,7 +1969,7 @@ class Agent:
         fresh = [message for message in messages if message.id not in done and message.id not in running]
         self._held.update((message.id, message) for message in fresh)
         new = [message for message in fresh if not message.redelivered]  # what Claude may know needs a turn of its own
-        if self._turn and self._process and new and not self._turn.interrupted_by and not self._paused:
+        if self._turn and self._process and new and not self._turn.interrupted_by and self._takes_more_mail():
             self._pass_in(self._turn, self._process, new)
 
     def _acknowledge(self, ids: list[int]) -> None:
@@ -2071,8 +2093,7 @@ class Agent:
         mail, conversation = turn.messages.values(), process.headings
         if any(message.redelivered for message in mail):
             conversation = conversation | headings_in(self.config.claude_folder, process.launch.session)
-        preface, self._preface = self._preface, ""
-        turn.unread[process.user(preface + prompt_again(mail, conversation))] = tuple(turn.messages)
+        turn.unread[process.user(self._preface + prompt_again(mail, conversation))] = tuple(turn.messages)
 
     def _start_process(self) -> ClaudeProcess:
         if self.hello is None:  # not possible for mail, which comes after it; a page could ask for more
@@ -2129,6 +2150,7 @@ class Agent:
     def _on_progress(self, process: ClaudeProcess, turn: Turn, event: StreamEvent) -> None:
         match event:
             case Replayed(line):
+                self._preface = ""
                 process.headings |= {title(turn.messages[message]) for message in turn.unread.pop(line, ())}
             case Spoke(tokens, error, explanation):
                 turn.error, turn.explanation = error, explanation
@@ -2201,17 +2223,19 @@ class Agent:
 
     def _finish(self, turn: Turn, outcome: str, cost: float, ended: Ended | None) -> None:
         """The turn is over and its mail is done, except for what Claude has not read: it goes on with that."""
-        unread = {message for ids in turn.unread.values() for message in ids}
-        done = [message for message in turn.messages if message not in unread]
+        if turn.unread and not (self._process and self._takes_more_mail()):
+            self._end_process()
+            self._give_back(turn.take_unread(), "the turn ended before Claude read it", blameless=True)
+        done = turn.read
         self._close_turn(turn, outcome, cost, ended)
         self._failures, self._last_failure = 0, None
         if done:
             self.session.finished.extend(done)
             self.session.save()  # before the ack: if that is lost, the mail comes again and must be known
             self._acknowledge(done)
-        if unread:
+        if turn.unread:
             self._turns += 1
-            rest = {message: turn.messages[message] for message in turn.messages if message in unread}
+            rest = {message: turn.messages[message] for message in turn.messages if message not in done}
             self._turn = Turn(self._turns, rest, unread=turn.unread)
             self.journal.record(self._turns, "turn_start", {"messages": [item.wire for item in rest.values()]})
         self._send_next_turn()
@@ -2241,6 +2265,8 @@ class Agent:
         if self._alike == remedy.new_session_at:
             self._alike = 0
             self._forget_session(remedy.reason)
+        unread = turn.take_unread() if turn.read else []  # Claude never saw it: it can't be the cause
+        self._give_back(unread, reason, blameless=True)
         self._give_back(list(turn.messages), reason, blameless=not remedy.blame)
         self._park = self._parked(failure, remedy, reason)
 
@@ -2279,11 +2305,18 @@ class Agent:
         elif turn.interrupted_by == "stop":
             self._abandon(turn)
         elif turn.interrupted_by == "operator":
-            self._give_back(turn.take_unread(), "Claude was ended before it read this", blameless=True)
             self._finish(turn, "interrupted", 0.0, None)
+        elif turn.interrupted_by == "watchdog":
+            self._fail(turn, Failure.STALLED, why)
+        elif gone.garbage:
+            self._fail(turn, Failure.GARBAGE, why)
+        elif turn.messages and not turn.read and not turn.replaced:  # it was ending already when the mail came
+            turn.replaced = True
+            self._note("Claude ended before it read the mail; another one is started.")
+            turn.unread.clear()
+            self._open_turn(turn)
         else:
-            stalled = turn.interrupted_by == "watchdog"
-            self._fail(turn, Failure.GARBAGE if gone.garbage else Failure.STALLED if stalled else Failure.DIED, why)
+            self._fail(turn, Failure.CANNOT_START if process.silent else Failure.DIED, why)
 
     def _end_process(self) -> None:
         process, self._process = self._process, None
@@ -2293,7 +2326,7 @@ class Agent:
 
     def _forget_session(self, why: str) -> None:
         self._end_process()
-        self._new_session_wanted = False
+        self._new_session_wanted = self._compact_wanted = False
         if self.session.session:
             self._preface = f"[hyperhive: {why} Your notes are in {self.config.state}/notes.md.]\n\n"
             self._note(why)
@@ -3012,7 +3045,7 @@ REHEARSAL_FAILURES: Final[Mapping[str, tuple[str, int | None, str]]] = {
     "rate_limit": ("rate_limit", 429, "completed"),
     "server_error": ("server_error", 529, "completed"),
     "unreachable": ("server_error", None, "completed"),
-    "too_long": ("invalid_request", 400, "prompt_too_long"),
+    "prompt_too_long": ("invalid_request", 400, "prompt_too_long"),
     "billing_error": ("billing_error", 400, "completed"),
     "model_not_found": ("model_not_found", 404, "completed"),
     "other": ("invalid_request", 400, "completed"),
@@ -3057,7 +3090,7 @@ def heard_in(prompt: str) -> list[Heard]:
         lines = block[head.end() :].splitlines()
         body = "\n".join(line[2:] for line in lines if line.startswith("> "))
         data: Json = next((json.loads(line[6:]) for line in lines if line.startswith("data: ")), {})
-        kind = re.search(r"Z, ([a-z_]+)", head[3])
+        kind = re.search(r"Z, ([a-z_]+)(?:,|$)", head[3])
         found.append(Heard(int(head[1]), head[2] or "page", kind[1] if kind else "", body, data))
     return found
 

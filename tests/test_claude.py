@@ -46,6 +46,10 @@ def script(*steps: Any) -> str:
     return "SCRIPT:" + json.dumps(steps)
 
 
+def transcript_of(harness: Harness) -> str:
+    return "".join(file.read_text() for file in harness.folder.glob("claude/projects/*/*.jsonl"))
+
+
 def shell(command: str) -> dict[str, Any]:
     return {"tools": [{"name": "Bash", "input": {"command": command, "description": "A command"}}]}
 
@@ -98,6 +102,21 @@ def test_mail_sent_while_a_tool_runs_is_read_in_that_turn(harness: Harness, api:
     host.wait_text("Both read.")
     assert host.kinds().count("turn_start") == 1 and len(host.of("mail")) == 1
     assert "> by the way" in api.said()
+
+
+def test_mail_sent_while_the_last_text_is_written_is_read_in_a_turn_of_its_own(harness: Harness, api: Api) -> None:
+    host = harness.host
+    api.manner = "slow"
+    messages = [host.put(script({"text": "The last word."}))]
+    host.wait(lambda: host.partials, "its beginning")
+    for number in range(3):
+        messages.append(host.put(f"afterthought {number}", "bob"))
+        host.wait_event("mail", number + 1)
+    api.work()
+    host.wait_acked(*messages)
+    host.wait_event("turn_end", 2, outcome="done")
+    assert [api.said().count(f"> afterthought {number}") for number in range(3)] == [1, 1, 1]
+    assert len(host.of("turn_start")) == len(host.of("turn_end")) == 2
 
 
 FAILURES: dict[str, tuple[tuple[int, str, str], str, str, str]] = {
@@ -247,15 +266,29 @@ def test_an_unknown_session_begins_a_new_one(harness: Harness) -> None:
     assert not host.of("turn_end", outcome="failed")
 
 
-def test_compacting_and_a_new_session(harness: Harness) -> None:
+def test_compacting_and_a_new_session(harness: Harness, api: Api) -> None:
     host = harness.host
     host.wait_acked(host.put(script(shell("echo something"), {"text": "Something to compact."})))
     host.control("compact")
     assert host.wait_event("compaction")["pre_tokens"] > 0
-    host.control("new_session")
+    host.control("new_session")  # while the compaction still ends
     host.wait_acked(host.put("again"))
     host.wait(lambda: sum(" begun " in note["text"] for note in host.of("note")) == 2, "a second session")
-    assert not host.of("turn_end", outcome="failed")
+    assert "> again" in api.said() and "Something to compact." not in api.said()
+    assert not host.of("mail") and not host.of("turn_end", outcome="failed")
+
+
+def test_a_claude_that_was_ending_when_the_mail_came_is_replaced_at_once(harness: Harness, api: Api) -> None:
+    host = harness.host
+    host.wait_acked(host.put("one"))
+    wait_for(lambda: "> one" in transcript_of(harness), "it to be written down")
+    os.kill(harness.claude_pid(), signal.SIGSTOP)
+    message = host.put("two")
+    host.wait_event("turn_start", 2)
+    os.kill(harness.claude_pid(), signal.SIGKILL)
+    host.wait_acked(message)
+    assert not host.called("nack") and not host.of("turn_end", outcome="failed")
+    assert api.said().count("> one") == api.said().count("> two") == 1
 
 
 def test_a_task_in_the_background_keeps_the_process_and_starts_a_turn(folder: Path, api: Api) -> None:

@@ -21,6 +21,8 @@ import pytest
 from fakes.harness import HARNESS, TOKEN, Harness, rehearse
 from hive import is_alive, processes_of, wait_for
 
+from harness import REMEDIES, Failure, Wait
+
 
 @pytest.fixture
 def harness(folder: Path) -> Iterator[Harness]:
@@ -191,6 +193,32 @@ def test_an_unknown_session_begins_a_new_one(harness: Harness) -> None:
     assert any("not known here" in note["text"] for note in harness.host.of("note"))
 
 
+def test_a_claude_that_was_ending_when_the_mail_came_is_replaced_at_once(harness: Harness) -> None:
+    host = harness.host
+    harness.turn({"text": "warm"})
+    os.kill(harness.claude_pid(), signal.SIGSTOP)
+    message = host.put(rehearse({"text": "given to the next one"}))
+    host.wait_event("turn_start", 2)
+    os.kill(harness.claude_pid(), signal.SIGKILL)
+    host.wait_acked(message)
+    host.wait_text("given to the next one")
+    assert not host.called("nack") and not host.of("turn_end", outcome="failed")
+    assert any("before it read the mail" in note["text"] for note in host.of("note"))
+
+
+def test_a_claude_that_ends_again_and_again_is_the_fault_of_its_mail(folder: Path) -> None:
+    script = folder / "claude-that-reads-and-dies"
+    answer = {"type": "control_response", "response": {"subtype": "success", "request_id": "1", "response": {}}}
+    script.write_text(f"#!/bin/sh\nread line\necho '{json.dumps(answer)}'\nread line\nexit 3\n")
+    script.chmod(0o755)
+    with Harness(folder, claude=str(script)) as harness:
+        host = harness.host
+        message = host.put("hello", "bob")
+        host.wait(lambda: host.mail[message]["state"] == "dead", "it to be declared dead")
+        host.wait_event("turn_end", 5, outcome="failed", **{"class": "died"})
+        assert sum("before it read the mail" in note["text"] for note in host.of("note")) == 5
+
+
 def test_a_command_that_fails_at_its_start_does_not_cost_the_conversation(folder: Path) -> None:
     script = folder / "claude-that-may-break"
     script.write_text(f'#!/bin/sh\ntest -e {folder}/broken && exit 1\nexec {" ".join(HARNESS)} rehearsal "$@"\n')
@@ -200,9 +228,10 @@ def test_a_command_that_fails_at_its_start_does_not_cost_the_conversation(folder
         wait_for(lambda: not psutil.pid_exists(harness.claude_pid()), "the idle process to end")
         (folder / "broken").touch()
         message = harness.host.put("two", "bob")
-        harness.host.wait_event("turn_end", outcome="failed", **{"class": "died"})
+        harness.host.wait_event("turn_end", outcome="failed", **{"class": "cannot_start"})
         (folder / "broken").unlink()
         harness.host.wait_acked(message)
+        assert harness.host.mail[message]["blamed"] == 0
         sessions = [note["text"].split()[1] for note in harness.host.of("note") if note["text"].startswith("Session")]
         assert len(set(sessions)) == 1
 
@@ -243,47 +272,49 @@ def test_broken_files_in_the_state_folder_are_set_aside(folder: Path) -> None:
 # ── failures ──
 
 
-@pytest.mark.parametrize(
-    ("failure", "state", "blameless"),
-    [
-        ("authentication_failed", "needs_login", True),
-        ("rate_limit", "rate_limited", True),
-        ("server_error", "rate_limited", True),
-        ("unreachable", "rate_limited", True),
-        ("billing_error", "failed", True),
-        ("model_not_found", "failed", True),
-    ],
-)
-def test_a_failure_parks_and_gives_the_mail_back(folder: Path, failure: str, state: str, blameless: bool) -> None:
-    harness = Harness(folder)
-    harness.env["HYPERHIVE_BACKOFF_S"] = "60"
+WAYS_TO_FAIL: dict[Failure, dict[str, object]] = {
+    Failure.STALLED: {"hang": True},
+    Failure.DIED: {"die": True},
+    Failure.GARBAGE: {"garbage": True},
+    Failure.LIMIT: {"fail": Failure.LIMIT, "resets_in_s": 3600},
+}
+
+
+@pytest.mark.parametrize("failure", REMEDIES)
+def test_each_failure_has_the_remedy_of_the_table(folder: Path, failure: Failure) -> None:
+    remedy = REMEDIES[failure]
+    harness = Harness(folder, stall_s=1 if failure is Failure.STALLED else 60)
+    host = harness.host
+    if failure is Failure.CANNOT_START:
+        harness.env["HYPERHIVE_CLAUDE"] = str(folder / "no-such-command")
     with harness:
-        message = harness.host.put(rehearse({"fail": failure}))
-        harness.host.wait_state(state)
-        end = harness.host.wait_event("turn_end", outcome="failed")
-        harness.host.wait(lambda: harness.host.called("nack"), "the mail to come back")
-        assert end["class"] == failure and failure in end["reason"]
-        assert harness.host.called("nack")[0].get("blameless", False) is blameless
-        assert harness.host.mail[message]["blamed"] == 0
-        has_end = failure in ("rate_limit", "server_error", "unreachable")
-        assert ("until" in harness.host.states[-1]) is has_end
+        message = host.put(rehearse(WAYS_TO_FAIL.get(failure, {"fail": failure})))
+        end = host.wait_event("turn_end", outcome="failed")
+        assert end["class"] == failure and end["reason"].startswith(remedy.reason)
+        nack = host.wait(lambda: host.called("nack"), "the mail to come back")[0]
+        assert nack["ids"] == [message] and nack.get("blameless", False) is not remedy.blame
+        if remedy.wait is not Wait.NOT:
+            parked = host.wait(lambda: [one for one in host.states if one.get("reason")], "the reason")[0]
+            assert parked["state"] == remedy.state and parked["reason"] == end["reason"]
+            assert ("until" in parked) is (remedy.wait is not Wait.OPERATOR)
+        if remedy.blame:  # it is dead after five, and the work goes on
+            host.wait(lambda: host.mail[message]["state"] == "dead", "it to be declared dead")
+            assert len(host.called("nack")) == 5
+            harness.turn({"text": "and on it goes"})
+        else:
+            assert host.mail[message]["state"] != "dead" and host.mail[message]["blamed"] == 0
+            host.control("resume")
+            host.wait_event("turn_end", 2, outcome="failed")
 
 
-@pytest.mark.parametrize(
-    ("step", "kind", "stall_s"),
-    [({"die": True}, "died", 60), ({"garbage": True}, "garbage", 60), ({"hang": True}, "stalled", 1)],
-)
-def test_mail_is_blamed_for_what_breaks_claude(folder: Path, step: dict[str, bool], kind: str, stall_s: float) -> None:
-    with Harness(folder, stall_s=stall_s) as harness:
-        message = harness.host.put(rehearse(step))
-        harness.host.wait_event("turn_end", 2, **{"class": kind})
-        harness.host.wait(lambda: harness.host.mail[message]["blamed"] >= 2, "the blame")
-
-
-def test_after_a_dead_message_the_work_goes_on(harness: Harness) -> None:
-    message = harness.host.put(rehearse({"die": True}))
-    harness.host.wait(lambda: harness.host.mail[message]["state"] == "dead", "it to be declared dead")
-    harness.turn({"text": "and on it goes"})
+def test_mail_that_fails_again_and_again_takes_no_other_down_with_it(harness: Harness) -> None:
+    host = harness.host
+    host.paused = True
+    good, poison, last = host.put("before", "bob"), host.put(rehearse({"die": True})), host.put("after", "bob")
+    host.paused = False
+    host.control("resume")
+    host.wait_acked(good, last)
+    assert host.mail[poison]["state"] == "dead" and host.mail[good]["blamed"] == host.mail[last]["blamed"] == 1
 
 
 def test_a_limit_ends_by_itself_at_its_reset(harness: Harness) -> None:
@@ -293,7 +324,7 @@ def test_a_limit_ends_by_itself_at_its_reset(harness: Harness) -> None:
 
 
 def test_a_conversation_that_is_too_long_is_begun_anew(harness: Harness) -> None:
-    harness.host.put(rehearse({"fail": "too_long"}))
+    harness.host.put(rehearse({"fail": "prompt_too_long"}))
     harness.host.wait_event("turn_end", 2, outcome="failed")
     begun = [note["text"].split()[1] for note in harness.host.of("note") if " begun " in note["text"]]
     assert len(set(begun)) == len(begun) >= 2
@@ -323,7 +354,7 @@ def test_mail_that_comes_again_stands_in_the_conversation_once(harness: Harness)
     host.wait_acked(*messages)
     said = conversation(harness)
     assert [sum(f"[message {one} from" in text for text in said) for one in messages] == [1, 1]
-    assert sum("came before, in a turn that did not end" in text for text in said) == 2
+    assert sum(text.startswith("[hyperhive: message 1") for text in said) == 2
 
 
 def test_a_limit_is_waited_for_or_left_to_the_operator(folder: Path) -> None:
@@ -407,15 +438,50 @@ def test_compact_new_session_and_model(harness: Harness) -> None:
     assert sum(" begun " in note["text"] for note in host.of("note")) == 2
 
 
-def test_a_new_session_in_a_turn_waits_for_its_end_and_then_takes_what_waits(harness: Harness) -> None:
+@pytest.mark.parametrize("wanted", ["new_session", "compact", "attach", "pause"])
+def test_what_is_wanted_at_the_end_of_a_turn_is_not_put_off_by_new_mail(harness: Harness, wanted: str) -> None:
+    host = harness.host
+    mark = harness.folder / "go-on"
+    first = host.put(rehearse({"tool": "Bash", "input": {"command": f"until test -e {mark}; do sleep 0.1; done"}}))
+    host.wait_event("tool_call")
+    host.control(wanted)
+    second = host.put("and then?", "bob")
+    host.wait(lambda: host.mail[second]["state"] == "leased", "the mail to be there")
+    mark.touch()
+    host.wait_acked(first)
+    if wanted in ("attach", "pause"):
+        host.wait_state("paused")
+        host.control({"attach": "detach", "pause": "resume"}[wanted])
+    host.wait_acked(second)
+    host.wait_text("message 2 from bob")
+    assert not host.of("mail") and not host.of("turn_end", outcome="failed")
+    assert len(host.of("turn_start")) == (3 if wanted == "compact" else 2)
+    begun = [note["text"].split()[1] for note in host.of("note") if note["text"].startswith("Session ")]
+    assert len(set(begun)) == (2 if wanted == "new_session" else 1)
+
+
+def test_what_claude_has_not_read_goes_to_the_new_session(harness: Harness) -> None:
     host = harness.host
     first = host.put(rehearse({"sleep": 300}))
     host.wait_event("text")
+    second = host.put("and then?", "bob")
+    host.wait_event("mail")
     host.control("new_session")
     host.control("interrupt")
-    second = host.put("and then?", "bob")
     host.wait_acked(first, second)
     host.wait_text("message 2 from bob")
+    old, new = (note["text"].split()[1] for note in host.of("note") if note["text"].startswith("Session "))
+    (transcript,) = harness.folder.glob(f"claude/projects/*/{new}.jsonl")
+    assert "and then?" in transcript.read_text() and old != new
+    assert host.mail[second]["blamed"] == 0
+
+
+def test_a_new_session_begins_at_once_where_no_turn_can(harness: Harness) -> None:
+    harness.turn({"text": "one"})
+    harness.host.put(rehearse({"fail": "billing_error"}))
+    harness.host.wait_state("failed")
+    harness.host.control("new_session")
+    harness.host.wait(lambda: "session" not in harness.host.states[-1], "the old one to be forgotten")
 
 
 def test_signing_in_with_a_code(harness: Harness) -> None:

@@ -178,6 +178,7 @@ class Host:
     def give_back(self, entry: Json, *, blame: bool) -> None:
         entry["message"]["redelivered"] = True
         entry["blamed"] += blame
+        entry["message"]["attempts"] -= not blame
         entry.update(state="dead" if entry["blamed"] >= 5 else "queued", connection=None)
 
     def do_send(self, connection: Connection, request: Json) -> Json:
