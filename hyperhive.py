@@ -41,6 +41,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -166,6 +167,7 @@ class Config:
     warm_s: float = 120.0
     stall_s: float = 1800.0
     hello_s: float = 60.0
+    silent_s: float = 300.0
     admin_group: str = "hive-admin"
     limits: Limits = dataclasses.field(default_factory=Limits)
 
@@ -1638,6 +1640,10 @@ class Broker:
             tx.touched.add(agent)
 
         self.store.write(work)
+
+    def is_waited_on(self, agent: str) -> bool:
+        """Whether some connection of this agent waits for mail at this moment."""
+        return bool(self._waits.get(agent))
 
     def end_waits(self, agent: str, holder: LeaseHolder) -> None:
         """Answer what this connection still waits for, so that its next request is answered in order."""
@@ -3589,6 +3595,7 @@ class Agents:
         self._leaving = False
         self._locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
         self._crashes: dict[str, deque[int]] = defaultdict(deque)
+        self._heard: dict[str, float] = {}  # of those that run, when their harness last showed that it lives
 
     def hold(self, name: str) -> threading.RLock:
         """One at a time starts and stops an agent."""
@@ -3802,6 +3809,29 @@ class Agents:
                     self._crashed(name, states.get(name))
                 finally:
                     self._locks[name].release()
+
+    def hear(self, name: str) -> None:
+        """Its harness has asked for something."""
+        self._heard[name] = time.monotonic()
+
+    def watch_silence(self) -> None:
+        """Called each tick. A harness that lives waits for mail, also in a turn; else it hangs, or is gone."""
+        moment = time.monotonic()
+        for name in self._heard.keys() - self.running:
+            self._heard.pop(name, None)
+        for name in self.running:
+            if name in self.busy or name in self.starting or self._broker.is_waited_on(name):
+                self.hear(name)
+            elif self._heard.setdefault(name, moment) < moment - self._config.silent_s:
+                self._heard[name] = math.inf  # told once
+                self._store.write(functools.partial(self._report_silence, name=name))
+
+    def _report_silence(self, tx: Tx, name: str) -> None:
+        text = f"{name} runs, but nothing was heard of its harness for {self._config.silent_s:g} s."
+        tx.audit(SYSTEM_ACTOR, "silent", name, text)
+        self._broker.tell(tx, OPERATOR, "silent", f"{text} `logs {name}` shows its last words.", agent=name)
+        if name != MANAGER:
+            self._broker.tell_manager(tx, "silent", text, agent=name)
 
     def _crashed(self, name: str, state: ContainerState | None) -> None:
         row = self._store.row("SELECT wanted FROM agents WHERE name = ?", name)
@@ -4424,6 +4454,7 @@ LIVE_PHASES: Final = ("queued", "building", "switching")
 WORRIES: Final = {  # system messages to the operator that stay on the screen until they are read
     "dead_letter": "dead_letter",
     "container_crash": "failed",
+    "silent": "failed",
     "paused": "paused",
     "budget_reached": "budget",
     "budget_near": "budget",
@@ -5597,6 +5628,7 @@ class AgentConnection(Connection):
         self._requests = Requests(services)
 
     def before_request(self) -> None:
+        self._s.agents.hear(self.name)
         if self._waiting:
             self._s.broker.end_waits(self.name, self)
 
@@ -7137,6 +7169,7 @@ class Daemon:
                 services.approvals.remind_waiting,
                 services.prechecks.look,
                 services.agents.look,
+                services.agents.watch_silence,
             ]
             if time.monotonic() - cleaned > 3600:
                 cleaned = time.monotonic()

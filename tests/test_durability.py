@@ -151,5 +151,23 @@ def test_kill_9_of_a_harness_in_a_turn_gives_its_mail_again(folder: Path) -> Non
         assert news["data"] == {"agent": "alice"}
 
 
+def test_a_harness_that_hangs_is_told_once(folder: Path) -> None:
+    with Hive(folder, silent_s=8) as hive:
+        hive.spawn("alice", running=True)
+
+        def told() -> list[str]:
+            return [row["text"] for row in hive.api("GET", "/api/state").body["attention"] if row["kind"] == "failed"]
+
+        harness = harness_of(hive, "alice")
+        harness.suspend()
+        number = hive.ask(cmd="send", to="alice", body="are you there?")["id"]  # ends its wait for mail
+        (text,) = wait_for(told, "the word that it hangs")
+        assert text.startswith("alice runs, but nothing was heard of its harness for 8 s.")
+        time.sleep(1)
+        assert told() == [text]
+        harness.resume()
+        wait_for(lambda: message(hive, number)["state"] == "acked", "the mail to be read")
+
+
 def harness_of(hive: Hive, name: str) -> psutil.Process:
     return psutil.Process(json.loads((hive.run / "processes" / f"{name}.json").read_text())["pid"])
