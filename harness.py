@@ -1363,9 +1363,12 @@ class EventStore:
     def after(self, event_id: int, at_most: int) -> list[Json]:
         return self._select("SELECT * FROM events WHERE id > ? ORDER BY id LIMIT ?", (event_id, at_most))
 
-    def before(self, event_id: int, at_most: int) -> list[Json]:
-        newest_first = self._select("SELECT * FROM events WHERE id < ? ORDER BY id DESC LIMIT ?", (event_id, at_most))
-        return newest_first[::-1]
+    def before(self, event_id: int, at_most: int, words: str = "") -> list[Json]:
+        """The last ones below an id, oldest first; with `words` only those that hold them, in either case."""
+        as_stored = encode(words).decode()[1:-1]
+        pattern = "%" + re.sub(r"[\\%_]", r"\\\g<0>", as_stored) + "%"
+        query = "SELECT * FROM events WHERE id < ? AND json LIKE ? ESCAPE '\\' ORDER BY id DESC LIMIT ?"
+        return self._select(query, (event_id, pattern, at_most))[::-1]
 
     def last_id(self) -> int:
         return int(self._number("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'"))
@@ -1389,7 +1392,7 @@ class EventStore:
         )
         return int((pages - free) * size)
 
-    def _select(self, query: str, values: tuple[int, int]) -> list[Json]:
+    def _select(self, query: str, values: tuple[int | str, ...]) -> list[Json]:
         try:
             with self._lock:
                 rows = self._db.execute(query, values).fetchall()
@@ -1493,8 +1496,12 @@ class Journal(threading.Thread):
         self.feed.publish({"kind": "agent", "row": row})
         self._wake()
 
-    def history(self, before: int, at_most: int) -> None:
-        self._history.extend(batches(self.store.before(before, min(at_most, REPORT_BACKLOG))))
+    def history(self, before: int, at_most: int, words: str) -> None:
+        """What a page on the dashboard asks for; its end is told, so that nobody waits for more."""
+        found = self.store.before(before, min(at_most, REPORT_BACKLOG), words)
+        told = given(before=before, find=words or None, count=len(found), oldest=found[0]["id"] if found else None)
+        end = {"id": 0, "at": rfc3339(time.time()), "turn": 0, "kind": "history", "data": told}
+        self._history.extend([*batches(found), [end]])
         self._wake()
 
     def connected(self, last_event: int) -> None:
@@ -2013,7 +2020,7 @@ class Agent:
             case "login_cancel" if self._login:
                 self._login.cancel()
             case "send_history":
-                self.journal.history(item.integer("before"), item.integer("max"))
+                self.journal.history(item.integer("before"), item.integer("max"), item.maybe("find", str) or "")
             case _:
                 log(f"nothing to do for control item {do}")
 
@@ -2797,7 +2804,9 @@ class Page:
     def events(self, query: Mapping[str, str]) -> Json:
         before, at_most = (int(query[key]) if query.get(key, "").isdecimal() else None for key in ("before", "max"))
         store = self.agent.journal.store
-        return {"events": store.before(min(before or sys.maxsize, sys.maxsize), min(at_most or PAGE_EVENTS, 1000))}
+        words = query.get("find", "")[:200]
+        found = store.before(min(before or sys.maxsize, sys.maxsize), min(at_most or PAGE_EVENTS, 1000), words)
+        return {"events": found}
 
     def send(self, body: Fields) -> Json:
         message = given(

@@ -4461,6 +4461,12 @@ WORRIES: Final = {  # system messages to the operator that stay on the screen un
 }
 
 
+def holding(words: str) -> str:
+    """A pattern of LIKE, whose escape is a backslash, for the JSON that holds these words; all do if there are none."""
+    as_stored = json.dumps(words)[1:-1]
+    return "%" + re.sub(r"[\\%_]", r"\\\g<0>", as_stored) + "%"
+
+
 class Views:
     def __init__(self, config: Config, store: Store, agents: Agents) -> None:
         self._config, self._store, self._agents = config, store, agents
@@ -4743,16 +4749,27 @@ class Views:
         return [dict(row) | {"at": rfc3339(row["at"])} for row in rows]
 
     def events(
-        self, *, agent: str | None = None, before: int | None = None, after: int | None = None, most: int = 300
+        self,
+        *,
+        agent: str | None = None,
+        before: int | None = None,
+        after: int | None = None,
+        most: int = 300,
+        words: str = "",
     ) -> list[Json]:
-        """An agent's events below its own id `before`; or any agent's above our number `after`. Oldest first."""
+        """An agent's events below its own id `before`; or any agent's above our number `after`. Oldest first.
+
+        With `words` only those whose data hold them, in either case.
+        """
         rows = self._store.rows(
             "SELECT * FROM events WHERE (?1 IS NULL OR agent = ?1) AND (?2 IS NULL OR id < ?2)"
-            " AND (?3 IS NULL OR n > ?3) ORDER BY CASE WHEN ?3 IS NULL THEN -n ELSE n END LIMIT ?4",
+            " AND (?3 IS NULL OR n > ?3) AND data LIKE ?5 ESCAPE '\\'"
+            " ORDER BY CASE WHEN ?3 IS NULL THEN -n ELSE n END LIMIT ?4",
             agent,
             before,
             after,
             most,
+            holding(words),
         )
         shown = [
             {key: row[key] for key in ("id", "turn", "kind")}
@@ -4760,6 +4777,10 @@ class Views:
             for row in rows
         ]
         return shown if after is not None else shown[::-1]
+
+    def oldest_event(self, agent: str) -> int | None:
+        row = self._store.row("SELECT min(id) AS id FROM events WHERE agent = ?", agent)
+        return row["id"] if row else None
 
     # -- does anything need the operator?
 
@@ -6575,7 +6596,7 @@ class Routes:
             get("/api/stream", self.stream, ("agent",)),
             get("/api/agents", lambda: {"agents": self._s.views.agents(kept=True)}),
             get("/api/agents/<name>", self.agent),
-            get("/api/agents/<name>/events", self.events, ("before", "max")),
+            get("/api/agents/<name>/events", self.events, ("before", "find", "max")),
             get("/api/agents/<name>/diff", self.diff, ("from", "to")),
             get("/api/approvals", self.approvals, ("status",)),
             get("/api/approvals/<number:int>", self.approval),
@@ -6678,19 +6699,23 @@ class Routes:
         }
 
     def events(self, name: str) -> Json:
-        """Older events; what the host no longer keeps is asked of the harness and comes over the stream."""
+        """Older events, or those of them that hold the words of `find`.
+
+        What the host no longer keeps is asked of the harness and comes over the stream: `rest` says below
+        which id, and whether there was a harness to ask. An event of the kind `history` ends it.
+        """
         self._s.agents.known(check_name(name))
-        before, most = self._before(), self._query("max", 300, 1000)
-        found = self._s.views.events(agent=name, before=before, most=most)
-        if before and len(found) < most and before > 1:
-            oldest = found[0]["id"] if found else before
-            if oldest > 1 and self._s.agents.connected[name]:
-                self._s.store.write(
-                    lambda tx: self._s.broker.control(
-                        tx, name, Control.SEND_HISTORY, before=oldest, max=most - len(found)
-                    )
-                )
-        return {"events": found}
+        before, most = self._query("before", 2**53, 2**53), self._query("max", 300, 1000)
+        words = self._request.query.getunicode("find", "")[:200]
+        found = self._s.views.events(agent=name, before=before, most=most, words=words)
+        oldest = min(before, self._s.views.oldest_event(name) or before)
+        if len(found) == most or oldest == 1:
+            return {"events": found}
+        asked = bool(self._s.agents.connected[name])
+        if asked:
+            wanted = {"before": oldest, "max": most - len(found)} | ({"find": words} if words else {})
+            self._s.store.write(lambda tx: self._s.broker.control(tx, name, Control.SEND_HISTORY, **wanted))
+        return {"events": found, "rest": {"before": oldest, "asked": asked}}
 
     def diff(self, name: str) -> Json:
         """What changed between two commits that were deployed."""

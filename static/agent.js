@@ -277,10 +277,12 @@ export function agent_main(agent, transcript, where, crumbs) {
         h("span", { class: "dim" }, state_words(agent), " ", ago(agent.state_since, "for")),
       ),
       h("span", { class: "dim" }, agent.until && ["goes on at ", clock(agent.until), ", ", ago(agent.until, "until")]),
+      !transcript.find.open && plain("Find", () => transcript.find.show(), { kind: "small", "aria-keyshortcuts": "Control+F" }),
       plain("State", () => toggle("side", !toggled("side")), {
         kind: "small narrow",
         "aria-expanded": String(toggled("side")),
       }),
+      transcript.find.draw(),
     ),
     agent.status_text && h("p", { class: "status dim" }, agent.status_text),
     agent.rehearsal && h("p", { class: "rehearsal" }, REHEARSAL),
@@ -302,7 +304,8 @@ let shown = null; // {name, transcript, reminders, counted, error}
 
 export function show_agent(name) {
   const path = `/api/agents/${name}`;
-  const older = (before, max) => get(`${path}/events?before=${before}&max=${max}`).then((answer) => answer.events);
+  const older = (before, max, find) =>
+    get(`${path}/events?before=${before}&max=${max}${find && `&find=${encodeURIComponent(find)}`}`);
   if (shown?.name !== name)
     shown = { name, transcript: new Transcript(name, older), reminders: [], counted: 0, error: null };
   return load_agent();

@@ -18,7 +18,8 @@ let refused = null;
 
 // ── What comes in ────────────────────────────────────────────────────────────────────────────────
 
-const older = (before, max) => get(`/api/events?before=${before}&max=${max}`).then((answer) => answer.events);
+const older = (before, max, find) =>
+  get(`/api/events?before=${before}&max=${max}${find && `&find=${encodeURIComponent(find)}`}`);
 
 function take(kind, data) {
   if (kind === "snapshot") take_snapshot(data);

@@ -11,6 +11,7 @@ const KEYS = [
   ["Esc", "leave a field: then keys act again"],
   ["g then c, a, f, d, u, s", "go to Your call, Agents, Flow, Deploys, Usage, System"],
   ["/", "search"],
+  ["Ctrl or ⌘ with f", "find in an agent's transcript; again for the browser's own find"],
   ["?", "this list"],
 ];
 const PLACES = { c: "call", a: "agents", f: "flow", d: "deploys", u: "usage", s: "system" };

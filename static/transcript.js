@@ -1,18 +1,23 @@
 // What an agent did, turn by turn: shared by the dashboard's view of an agent and the agent's own page.
 //
-// `Transcript` keeps the events (older ones are put in front, live ones at the end) and draws them. A turn that
-// is folded costs one line, one that did not change costs nothing, and a very long one shows its end first.
+// `Transcript` keeps the events and draws them. They come live at the end, by pages of older ones, or singly where
+// a find looked for them; where some between are not loaded, the ids show it, and the page says so. A turn that is
+// folded costs one line, a step that did not change costs nothing, and of what is long the end is shown first.
 
 import { h, memo } from "./dom.js";
 import { ago, clock, count, dollars, duration, plural, prose, prose_preview } from "./text.js";
 import { act, button, is_busy, plain, refusal, toggle, toggled, toggles_made } from "./parts.js";
 import { changed } from "./store.js";
-import { tool_box } from "./tools.js";
+import { Find, find_here } from "./find.js";
+import { draw_step, path_to, step_row, steps_of, unfold } from "./steps.js";
 
 const OPEN_TURNS = 3;
+const TURNS_SHOWN = 200;
 const STEPS_SHOWN = 150;
 const PAGE = 500;
-const LATE_MS = 2000; // what the hive no longer keeps is asked of the agent and comes over the stream
+const KEPT_CHARACTERS = 16e6; // a page that is left open for days forgets what is oldest
+const EVENT_CHARACTERS = 300; // what an event takes beside its data
+const LATE_MS = 20000; // what the hive no longer keeps is asked of the agent and comes over the stream
 
 let scrolled_up = false;
 addEventListener("wheel", ({ deltaY }) => (scrolled_up = deltaY < 0), { passive: true });
@@ -20,27 +25,30 @@ addEventListener("touchmove", () => (scrolled_up = true), { passive: true });
 addEventListener("keydown", ({ key }) => ["PageUp", "Home", "ArrowUp"].includes(key) && (scrolled_up = true));
 
 export class Transcript {
-  /** `fetch_older(before, max)` → promise of events, oldest first. */
+  /** `fetch_older(before, max, find)` → promise of {events, rest?}: `rest` names what the agent itself is asked for. */
   constructor(name, fetch_older) {
     Object.assign(this, { name, fetch_older, key: `transcript:${name}`, version: 0 });
-    this.clear();
-  }
-
-  clear() {
-    this.turns = new Map(); // number → {number, events, version}
+    this.turns = new Map(); // number → {number, events, size, version}
+    this.order = null;
     this.ids = new Set();
-    this.first_id = Infinity;
-    this.last_id = 0;
+    this.last_id = this.size = 0;
+    this.shown = TURNS_SHOWN;
     this.partial = "";
     this.at_start = false;
+    this.awaited = new Map(); // what the agent is asked for → the function that is told of its end
+    this.find = new Find(this);
   }
+
+  // ── What it holds ──────────────────────────────────────────────────────────────────────────────
 
   /** Events in any order, some perhaps known already. */
   add(events) {
     for (const event of events) {
       if (event.kind === "partial") this.partial = event.data.text;
+      else if (event.kind === "history") this.awaited.get(asked_for(event.data))?.(event.data);
       else this.add_one(event);
     }
+    if (this.size > KEPT_CHARACTERS) this.forget_oldest();
     changed();
   }
 
@@ -48,43 +56,119 @@ export class Transcript {
     if (this.ids.has(event.id)) return;
     this.ids.add(event.id);
     if (event.id > this.last_id) this.partial = "";
-    this.first_id = Math.min(this.first_id, event.id);
     this.last_id = Math.max(this.last_id, event.id);
     const turn = this.turns.get(event.turn) ?? this.open_turn(event.turn);
     const in_order = turn.events.length === 0 || turn.events.at(-1).id < event.id;
     turn.events.push(event);
-    if (!in_order) turn.events.sort((a, b) => a.id - b.id);
-    turn.version = ++this.version;
+    if (!in_order) {
+      turn.events.sort((a, b) => a.id - b.id);
+      this.order = null;
+    }
+    this.count(turn, event, 1);
   }
 
   open_turn(number) {
-    const turn = { number, events: [], version: 0 };
+    const turn = { number, events: [], size: 0, version: 0 };
     this.turns.set(number, turn);
+    this.order = null;
     return turn;
   }
 
-  /** The newest page again, after a connection was lost: a hole would be a lie, so then the past starts anew. */
-  refresh(events) {
-    const newest = events[0]?.id ?? 0;
-    if (this.last_id && newest > this.last_id + 1) this.clear();
-    this.add(events);
-    if (this.first_id === 1) this.at_start = true;
+  count(turn, event, sign) {
+    event.size ??= JSON.stringify(event.data).length + EVENT_CHARACTERS;
+    turn.size += sign * event.size;
+    this.size += sign * event.size;
+    turn.version = ++this.version;
   }
 
-  async earlier() {
+  forget_oldest() {
+    this.find.begin();
+    while (this.size > KEPT_CHARACTERS) {
+      const turn = this.sorted()[0];
+      const gone = turn.events.splice(0, this.turns.size > 1 ? Infinity : Math.ceil(turn.events.length / 2));
+      for (const event of gone) {
+        this.ids.delete(event.id);
+        this.count(turn, event, -1);
+      }
+      if (turn.events.length === 0) this.turns.delete(turn.number);
+      this.order = null;
+      this.at_start = false;
+    }
+  }
+
+  /** Its turns, oldest first. */
+  sorted() {
+    this.order ??= [...this.turns.values()].sort((a, b) => a.events[0].id - b.events[0].id);
+    return this.order;
+  }
+
+  first_id() {
+    return this.sorted()[0]?.events[0].id ?? 0;
+  }
+
+  /** The id from which on nothing is missing; 1 when that is the beginning. */
+  loaded_from() {
+    let next = this.last_id;
+    for (const turn of this.sorted().toReversed())
+      for (let index = turn.events.length - 1; index >= 0; index -= 1) {
+        if (turn.events[index].id < next - 1) return next;
+        next = turn.events[index].id;
+      }
+    return this.at_start ? 1 : next;
+  }
+
+  /** The oldest loaded event whose id is not below this one. */
+  event_from(id) {
+    for (const turn of this.sorted()) {
+      const event = turn.events.find((one) => one.id >= id);
+      if (event) return event;
+    }
+    return null;
+  }
+
+  /** The newest page again, after a connection was lost. */
+  refresh(events) {
+    this.add(events);
+    if (this.first_id() === 1) this.at_start = true;
+  }
+
+  // ── What it asks for ───────────────────────────────────────────────────────────────────────────
+
+  /** Older events, with `find` only those that hold it. How many there are below `before`, at most `max`. */
+  async fetch(before, max, find = "") {
+    const { events, rest } = await this.fetch_older(before, max, find);
+    this.add(events);
+    const found = { count: events.length, oldest: events[0]?.id, rest };
+    if (!rest?.asked) return found;
+    const late = await this.told({ before: rest.before, find });
+    return { ...found, count: found.count + late.count, oldest: late.oldest ?? found.oldest };
+  }
+
+  told(what) {
+    const key = asked_for(what);
+    return new Promise((resolve, reject) => {
+      setTimeout(() => reject(new Error(`${this.name} does not answer. Try again.`)), LATE_MS);
+      this.awaited.set(key, resolve);
+    }).finally(() => this.awaited.delete(key));
+  }
+
+  async earlier(before = this.first_id()) {
     const height = document.documentElement.scrollHeight;
-    const first_id = this.first_id;
-    this.add(await this.fetch_older(first_id, PAGE));
-    if (this.first_id === first_id)
-      await new Promise((resolve) => {
-        setTimeout(resolve, LATE_MS);
-      });
-    this.at_start = this.first_id === 1 || this.first_id === first_id;
+    const hidden = this.turns.size - this.shown;
+    this.shown += TURNS_SHOWN;
+    if (hidden <= 0 || before !== this.first_id()) await this.fetch_page(before);
+    else changed();
     requestAnimationFrame(() =>
       requestAnimationFrame(() =>
         scrollBy({ top: document.documentElement.scrollHeight - height, behavior: "instant" }),
       ),
     );
+  }
+
+  async fetch_page(before) {
+    const { count: number, rest } = await this.fetch(before, PAGE);
+    if (rest && !rest.asked) throw new Error(`What is older lies with ${this.name}, which does not run.`);
+    this.at_start ||= this.first_id() === 1 || (number === 0 && before === this.first_id());
   }
 
   /** Who scrolls up to the beginning is given what was before; who has not scrolled is not. */
@@ -97,47 +181,85 @@ export class Transcript {
     watch.observe(dom);
   }
 
+  // ── How it looks ───────────────────────────────────────────────────────────────────────────────
+
+  /** Unfolds all that stands around an event. */
+  reveal(id) {
+    const turns = this.sorted();
+    const index = turns.findIndex((turn) => turn.events.some((event) => event.id === id));
+    const turn = turns[index];
+    const key = this.key_of(turn);
+    this.shown = Math.max(this.shown, turns.length - index + 5);
+    toggle(key, true);
+    const path = path_to(steps_of(turn.events), id);
+    if (!path.length) return;
+    unfold(path);
+    toggle(`${key}:from`, Math.min(toggled(`${key}:from`, Infinity), path[0].event));
+  }
+
+  key_of = (turn) => `${this.key}:${turn.number}`;
+
   draw() {
-    const turns = [...this.turns.values()].sort((a, b) => a.events[0].id - b.events[0].id);
+    find_here(this.find);
+    const all = this.sorted();
+    const turns = all.slice(-this.shown);
     const last = turns.at(-1);
     return h(
       "div",
       { class: "transcript", role: "log", "aria-label": `Transcript of ${this.name}`, "aria-live": "off" },
-      !this.at_start &&
+      !(this.at_start && turns.length === all.length) &&
         turns.length > 0 &&
         h(
           "div",
-          { class: "earlier", made: (dom) => this.fetch_when_seen(dom) },
+          { key: "earlier", class: "earlier", made: (dom) => this.fetch_when_seen(dom) },
           button(this.key, "Earlier…", () => this.earlier(), { kind: "small" }),
           refusal(this.key),
         ),
       turns.length === 0 && h("p", { class: "empty" }, "Nothing happened here yet."),
-      turns.map((turn, index) => this.draw_turn(turn, index >= turns.length - OPEN_TURNS, turn === last)),
+      turns.map((turn, index) => [
+        index > 0 && this.draw_hole(turns[index - 1].events.at(-1).id, turn.events[0].id),
+        this.draw_turn(turn, index >= turns.length - OPEN_TURNS, turn === last),
+      ]),
+    );
+  }
+
+  draw_hole(from, to) {
+    if (to <= from + 1) return null;
+    const key = `${this.key}:hole:${to}`;
+    return h(
+      "div",
+      { key, class: "earlier hole" },
+      button(key, `${plural(to - from - 1, "event")} not loaded`, () => this.earlier(to), { kind: "small" }),
+      refusal(key),
     );
   }
 
   draw_turn(turn, otherwise, is_last) {
-    const key = `${this.key}:${turn.number}`;
+    const key = this.key_of(turn);
     const open = toggled(key, otherwise);
-    const all = toggled(`${key}:all`);
     const partial = is_last ? this.partial : "";
-    return memo(`turn:${turn.number}`, [turn.version, open, all, partial, is_last, open && toggles_made], () =>
-      draw_turn(key, turn, { open, all, partial }),
+    const hole = (from, to) => this.draw_hole(from, to);
+    return memo(`turn:${turn.number}`, [turn.version, open, partial, is_last, open && toggles_made], () =>
+      draw_turn(key, turn, { open, partial, hole }),
     );
   }
 }
+
+const asked_for = ({ before, find = "" }) => `${before} ${find}`;
 
 const CARET = h("span", { key: "caret", class: "cursor", "aria-hidden": "true" });
 
 // ── A turn ───────────────────────────────────────────────────────────────────────────────────────
 
-function draw_turn(key, turn, { open, all, partial }) {
+function draw_turn(key, turn, { open, partial, hole }) {
   const start = turn.events.find((event) => event.kind === "turn_start");
   const end = turn.events.find((event) => event.kind === "turn_end");
   const steps = steps_of(turn.events);
+  const draw = (step) => (step.hole ? hole(...step.hole) : draw_step(step));
   if (!start && !end && !steps.some((step) => step.call || step.words))
-    return h("section", { class: "turn between" }, steps.map(draw_step));
-  const hidden = all ? 0 : Math.max(0, steps.length - STEPS_SHOWN);
+    return h("section", { class: "turn between" }, steps.map(draw));
+  const hidden = hidden_steps(key, steps);
+  const more = steps[Math.max(0, hidden - STEPS_SHOWN)];
   return h(
     "section",
     { class: `turn ${open ? "open" : ""}`, "aria-label": `Turn ${turn.number}` },
@@ -149,13 +271,25 @@ function draw_turn(key, turn, { open, all, partial }) {
         hidden > 0 &&
           h(
             "div",
-            { class: "earlier" },
-            plain(`${count(hidden)} earlier steps`, () => toggle(`${key}:all`, true), { kind: "small" }),
+            { key: "more", class: "earlier" },
+            plain(`${count(hidden)} earlier steps`, () => toggle(`${key}:from`, more.event), { kind: "small" }),
           ),
-        steps.slice(hidden).map(draw_step),
+        steps.slice(hidden).map(draw),
         partial && step_row("", prose(partial, { class: "live-text", caret: CARET }), { key: "partial" }),
-        end && end.data.outcome !== "done" && step_row("", how_it_ended(end.data), { key: "end" }),
+        end &&
+          end.data.outcome !== "done" &&
+          step_row("", how_it_ended(end.data), { key: "end", "data-event": end.id }),
       ),
+  );
+}
+
+/** How many are left out at the beginning: all but the last, or those before what a person wanted to see. */
+function hidden_steps(key, steps) {
+  const from = toggled(`${key}:from`);
+  if (!from) return Math.max(0, steps.length - STEPS_SHOWN);
+  return Math.max(
+    0,
+    steps.findIndex((step) => step.event >= from),
   );
 }
 
@@ -214,104 +348,3 @@ const tools_so_far = (steps) => {
   const tools = steps.filter((step) => step.call).length;
   return tools > 0 && ` · ${plural(tools, "tool")}`;
 };
-
-// ── Steps ────────────────────────────────────────────────────────────────────────────────────────
-
-/** Events as they are shown: calls joined with their results, sub-agents' steps below the call that began them. */
-function steps_of(events) {
-  const steps = [];
-  const calls = new Map();
-  for (const event of events) {
-    const { data } = event;
-    const list = calls.get(data.parent)?.children ?? steps;
-    if (event.kind === "turn_start" || event.kind === "mail")
-      for (const mail of data.messages ?? []) steps.push({ id: `${event.id}:${mail.id}`, mail });
-    else if (event.kind === "text" || event.kind === "thinking") list.push({ id: event.id, words: event });
-    else if (event.kind === "tool_call") {
-      const step = { id: event.id, call: event, result: null, children: [] };
-      calls.set(data.tool_use_id, step);
-      list.push(step);
-    } else if (event.kind === "tool_result") join_result(calls, list, event);
-    else if (event.kind !== "turn_end" && worth_a_line(event)) steps.push({ id: event.id, line: event });
-  }
-  return steps;
-}
-
-function join_result(calls, list, event) {
-  const step = calls.get(event.data.tool_use_id);
-  if (step) step.result = event;
-  else
-    list.push({
-      id: event.id,
-      call: { id: event.id, at: event.at, data: { name: "result of an earlier call", input: {} } },
-      result: event,
-      children: [],
-    });
-}
-
-const worth_a_line = (event) => event.kind !== "state" || !["idle", "working"].includes(event.data.state);
-
-function step_row(who, body, props) {
-  return h(
-    "div",
-    { ...props, class: `step ${props?.class ?? ""}` },
-    h("div", { class: "who" }, who),
-    h("div", { class: "body" }, body),
-  );
-}
-
-function draw_step(step) {
-  if (step.mail) return mail_row(step);
-  if (step.call) return step_row("", tool_box(step, draw_step), { key: step.id });
-  if (step.words?.kind === "thinking") return thinking_row(step);
-  if (step.words) return step_row("", prose(step.words.data.text), { key: step.id });
-  return step_row("", h("p", { class: "dim" }, line_words(step.line)), { key: step.id });
-}
-
-function mail_row({ id, mail }) {
-  const more = [
-    `message ${mail.id}`,
-    mail.in_reply_to && `in reply to ${mail.in_reply_to}`,
-    mail.broadcast && "to everyone",
-    mail.redelivered && "given again",
-    mail.via === "page" && "typed on this agent's page",
-  ];
-  const from = mail.via === "page" || mail.from === "operator" ? "you" : mail.from;
-  return step_row(
-    `from ${from}`,
-    h("div", { class: "mail" }, prose(mail.body), h("p", { class: "meta" }, more.filter(Boolean).join(" · "))),
-    { key: id },
-  );
-}
-
-function thinking_row({ id, words }) {
-  const key = `thinking:${id}`;
-  const text = words.data.text.trim();
-  const lines = text.split("\n").length;
-  const open = toggled(key);
-  if (open || (lines === 1 && text.length < 120)) {
-    return step_row(
-      "thinking",
-      h("div", { class: "thinking" }, prose(text), open && plain("fold", () => toggle(key, false), { kind: "quiet" })),
-      { key: id },
-    );
-  }
-  return step_row(
-    "thinking",
-    h(
-      "button",
-      { type: "button", class: "thinking folded", "aria-expanded": "false", onclick: () => toggle(key, true) },
-      h("span", { class: "gist" }, text.split("\n", 1)[0]),
-      h("span", { class: "fold-word" }, lines > 1 ? `${plural(lines, "line")}, unfold` : "unfold"),
-    ),
-    { key: id },
-  );
-}
-
-function line_words({ kind, data, at }) {
-  if (kind === "compaction")
-    return `${clock(at, true)}  The conversation was compacted${data.pre_tokens ? ` from ${count(data.pre_tokens)}` : ""}${data.post_tokens ? ` to ${count(data.post_tokens)} tokens` : ""}.`;
-  if (kind === "state")
-    return `${clock(at, true)}  ${data.state.replace("_", " ")}${data.reason ? `: ${data.reason}` : ""}${data.until ? ` until ${clock(data.until)}` : ""}`;
-  return `${clock(at, true)}  ${data.text ?? kind}`;
-}

@@ -8,14 +8,15 @@ import sqlite3
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import browserbox
 import pytest
 from browserbox import Tab, rehearse, row_of, spawn
-from hive import HYPERHIVE, Hive, wait_for
+from hive import HYPERHIVE, Hive, listens, wait_for
 from playwright.sync_api import expect
 
 browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
@@ -164,18 +165,82 @@ def test_a_limit_says_when_it_goes_on_by_itself(team: Hive, tab: Tab) -> None:
     wait_for(lambda: turns.count() > known, "another try", timeout_s=30)
 
 
+def remember(hive: Hive, events: Iterable[tuple[int, str, dict[str, Any]]]) -> None:
+    """Start alice with this past: turn, kind and data of each event, in her own store."""
+    store = hive.state / "agents" / "alice" / "state" / "hyperhive-events.sqlite"
+    now_ms = int(time.time() * 1000)
+    with closing(sqlite3.connect(store)) as database, database:
+        rows = ((now_ms, turn, kind, json.dumps(data)) for turn, kind, data in events)
+        database.executemany("INSERT INTO events(at_ms, turn, kind, json) VALUES(?, ?, ?, ?)", rows)
+    assert hive.api("POST", "/api/agents/alice/start", {}).status == 200
+    wait_for(lambda: row_of(hive, "alice")["state"] == "idle", "alice to be idle")
+    wait_for(lambda: listens(row_of(hive, "alice")["port"]), "her page")
+
+
+def a_past() -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Five hundred turns of twenty events; three hold a needle: the second in its thinking, the 400th in a result."""
+    for turn in range(1000, 1500):
+        mail = {"id": turn, "from": "bob", "to": "alice", "body": f"request {turn}", "at": "2026-01-01T00:00:00Z"}
+        yield turn, "turn_start", {"messages": [mail]}
+        for step in range(8):
+            call = f"{turn}-{step}"
+            hidden = "needle" if (turn, step) == (1399, 3) else "straw"
+            yield turn, "tool_call", {"tool_use_id": call, "name": "Bash", "input": {"command": f"look {call}"}}
+            yield turn, "tool_result", {"tool_use_id": call, "output": "hay\n" * 40 + hidden, "is_error": False}
+        yield turn, "thinking", {"text": "So.\nHm.\nA Needle?" if turn == 1001 else "So.\nHm.\nHay."}
+        yield turn, "text", {"text": "The needle." if turn == 1499 else "Done."}
+        yield turn, "turn_end", {"outcome": "done", "duration_ms": 5, "tools": 8, "tokens": 9, "cost_usd": 0.01}
+
+
+@pytest.mark.parametrize("where", ["dashboard", "own page"])
+def test_find_reaches_what_is_folded_and_what_is_not_loaded(
+    folder: Path, open_tab: Callable[..., Tab], where: str
+) -> None:
+    with Hive(folder) as hive:
+        hive.spawn("alice")
+        remember(hive, a_past())
+        url = row_of(hive, "alice")["url"] if where == "own page" else f"{hive.url}/#token={hive.token}"
+        tab = open_tab(url)
+        if where == "dashboard":
+            tab.go("agents/alice")
+        page = tab.page
+        expect(page.get_by_role("region", name="Turn 1499")).to_be_visible()
+        page.keyboard.press("Control+f")
+        find = page.get_by_role("search")
+        field = find.get_by_label("Find")
+        expect(field).to_be_focused()
+        page.keyboard.type("needle")
+        expect(find.get_by_role("status")).to_have_text(re.compile(r"1 since .*\. Enter looks further back\."))
+        for turn, place, words in [
+            ("1499", "1 of 1 ", "The needle."),
+            ("1399", "2 of 3 in all of it.", "needle"),
+            ("1001", "3 of 3 in all of it.", "A Needle?"),
+        ]:
+            field.press("Enter")
+            expect(find.get_by_role("status")).to_contain_text(place)
+            hit = page.get_by_role("region", name=f"Turn {turn}")
+            expect(hit.get_by_text(words).last).to_be_in_viewport()
+        assert page.evaluate("[...CSS.highlights.get('find-here')].map(String)") == ["Needle"]
+        expect(page.get_by_role("button", name=re.compile("events not loaded")).first).to_be_attached()
+        expect(page.get_by_role("region", name="Turn 1300")).to_have_count(0)
+        field.press("Enter")
+        expect(find.get_by_role("status")).to_have_text("3 of 3 in all of it.")
+        field.press("Shift+Enter")
+        expect(find.get_by_role("status")).to_have_text("2 of 3 in all of it.")
+        field.fill("nowhere")
+        field.press("Enter")
+        expect(find.get_by_role("status")).to_have_text("Nothing in all of it.")
+        field.press("Escape")
+        expect(find).to_have_count(0)
+        tab.expected = ["ERR_"]  # the hive of this test goes before its page
+
+
 def test_a_hundred_thousand_events_open_at_once_and_are_paged_back(
     folder: Path, open_tab: Callable[..., Tab], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Hive(folder) as hive:
         hive.spawn("alice")
-        store = hive.state / "agents" / "alice" / "state" / "hyperhive-events.sqlite"
-        now_ms = int(time.time() * 1000)
-        rows = [(now_ms, 1000 + n // 20, "text", json.dumps({"text": f"line {n}"})) for n in range(MANY)]
-        with closing(sqlite3.connect(store)) as database, database:
-            database.executemany("INSERT INTO events(at_ms, turn, kind, json) VALUES(?, ?, ?, ?)", rows)
-        assert hive.api("POST", "/api/agents/alice/start", {}).status == 200
-        wait_for(lambda: row_of(hive, "alice")["state"] == "idle", "alice to be idle")
+        remember(hive, ((1000 + n // 20, "text", {"text": f"line {n}"}) for n in range(MANY)))
         tab = open_tab(row_of(hive, "alice")["url"])
         expect(tab.page.get_by_text(f"line {MANY - 1}", exact=True)).to_be_visible()
         took_ms = tab.page.evaluate(

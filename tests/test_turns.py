@@ -235,9 +235,9 @@ def test_a_hundred_thousand_events_are_paged_through_from_the_dashboard(folder: 
             next(changes)
             before = kept[0]["id"]
             for page in range(3):
-                found = hive.api("GET", f"/api/agents/alice/events?before={before}&max=1000").body["events"]
-                assert found == []
-                got = history(changes, before, 1000)
+                answer = hive.api("GET", f"/api/agents/alice/events?before={before}&max=1000").body
+                assert answer == {"events": [], "rest": {"before": before, "asked": True}}
+                got, _ = history(changes)
                 assert got == list(range(before - 1000, before)), page
                 before = got[0]
         opened = at_page(hive, "GET", "/api/state").body
@@ -246,13 +246,48 @@ def test_a_hundred_thousand_events_are_paged_through_from_the_dashboard(folder: 
         assert [event["id"] for event in older] == list(range(49_000, 50_000))
 
 
-def history(changes: Iterator[dict[str, Any]], before: int, count: int) -> list[int]:
+def history(changes: Iterator[dict[str, Any]]) -> tuple[list[int], dict[str, Any]]:
+    """The ids of the events that were asked for, and what is told at their end."""
     got: list[int] = []
-    for change in changes:
-        got += [event["id"] for event in change.get("events", []) if event["id"] < before]
-        if len(got) >= count:
-            return sorted(got)
+    for event in (event for change in changes for event in change.get("events", [])):
+        if event["kind"] == "history":
+            return got, event["data"]
+        got.append(event["id"])
     raise AssertionError("the stream ended")
+
+
+def test_words_are_found_at_the_host_and_beyond(folder: Path) -> None:
+    said = ["a needle", "plain", 'the "Needle" of 100%', "no_thing", "é", *["hay"] * 2500, "Needle at last"]
+    with crewed(folder, "alice") as hive:
+        hive.ask(cmd="stop", scope={"agent_names": ["alice"]})
+        with closing(sqlite3.connect(hive.state / "agents/alice/state/hyperhive-events.sqlite")) as db, db:
+            first = db.execute("SELECT coalesce(max(id), 0) + 1 FROM events").fetchone()[0]
+            texts = [json.dumps({"text": text}, ensure_ascii=False) for text in said]
+            rows = [(int(time.time() * 1000), 1, "text", text) for text in texts]
+            db.executemany("INSERT INTO events(at_ms, turn, kind, json) VALUES(?, ?, ?, ?)", rows)
+        last = first + len(said) - 1
+        hive.ask(cmd="start", scope={"agent_names": ["alice"]})
+        wait_for(lambda: any(one["id"] >= last for one in stored_events(hive)), "the newest events", timeout_s=30)
+        with following(hive, "alice") as changes:
+            next(changes)
+            for words, here, beyond in [
+                ("needle", [last], [first, first + 2]),
+                ('"needle" OF 100%', [], [first + 2]),
+                ("no_t", [], [first + 3]),
+                ("é", [], [first + 4]),
+                ("nowhere", [], []),
+            ]:
+                find = f"max=100&find={urllib.parse.quote(words)}"
+                answer = hive.api("GET", f"/api/agents/alice/events?{find}").body
+                assert [event["id"] for event in answer["events"]] == here, words
+                assert answer["rest"] == {"before": stored_events(hive)[0]["id"], "asked": True}
+                got, end = history(changes)
+                assert (got, end["count"], end["find"]) == (beyond, len(beyond), words)
+                own = at_page(hive, "GET", f"/api/events?{find}").body["events"]
+                assert [event["id"] for event in own] == [*beyond, *here], words
+        hive.ask(cmd="stop", scope={"agent_names": ["alice"]})
+        answer = hive.api("GET", "/api/agents/alice/events?max=100&find=needle").body
+        assert len(answer["events"]) == 1 and answer["rest"]["asked"] is False
 
 
 def test_pictures_are_kept_while_they_are_small(folder: Path) -> None:
