@@ -6708,8 +6708,8 @@ class Routes:
         before, most = self._query("before", 2**53, 2**53), self._query("max", 300, 1000)
         words = self._request.query.getunicode("find", "")[:200]
         found = self._s.views.events(agent=name, before=before, most=most, words=words)
-        oldest = min(before, self._s.views.oldest_event(name) or before)
-        if len(found) == most or oldest == 1:
+        oldest = min(before, self._s.views.oldest_event(name) or 1)
+        if len(found) == most or oldest <= 1:
             return {"events": found}
         asked = bool(self._s.agents.connected[name])
         if asked:
