@@ -64,7 +64,7 @@ import time
 import tomllib
 import typing
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -1180,6 +1180,9 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     """
     ALTER TABLE approvals ADD COLUMN touches TEXT NOT NULL DEFAULT '[]';  -- what its diff reaches into, in words
     """,
+    """
+    ALTER TABLE approvals ADD COLUMN first_base_sha TEXT;               -- before something else was deployed meanwhile
+    """,
 )
 
 
@@ -2231,11 +2234,14 @@ class Repositories:
         git("update-ref", BUILD_REFS + sha, sha, cwd=folder)
         return sha
 
+    def paths(self, folder: Path, sha: str) -> list[str]:
+        """The files of a config in this repository."""
+        listing = git("ls-tree", "-r", "-z", "--name-only", "--full-tree", sha, cwd=folder)
+        return [raw.decode(errors="replace") for raw in listing.split(b"\0") if raw]
+
     def files(self, name: str, sha: str) -> dict[str, str]:
         """The texts of a config, by path."""
-        folder = self._config.repository(name)
-        listing = git("ls-tree", "-r", "-z", "--name-only", "--full-tree", sha, cwd=folder)
-        paths = [raw.decode(errors="replace") for raw in listing.split(b"\0") if raw]
+        folder, paths = self._config.repository(name), self.paths(self._config.repository(name), sha)
         return {path: git("cat-file", "blob", f"{sha}:{path}", cwd=folder).decode(errors="replace") for path in paths}
 
     def accept_bundle(self, name: str, sha: str, bundle: bytes) -> None:
@@ -2666,19 +2672,22 @@ class Approvals:
             row = self._row(tx, approval)
             self._must_be_pending(row)
             Decision(digest=digest).check(row)
-            proposed = row["proposed_sha"]
+            proposed, first_base = row["proposed_sha"], row["first_base_sha"]
             if request.sha != row["fetched_sha"]:
                 proposed = proposed or row["fetched_sha"]
+            if request.base_sha != row["base_sha"]:
+                first_base = first_base or row["base_sha"]
             tx.execute(
                 "UPDATE approvals SET detail = ?, fingerprint = ?, diff = ?, touches = ?, base_sha = ?,"
-                " proposed_sha = ?, fetched_sha = ?, precheck = NULL WHERE id = ?",
+                " first_base_sha = ?, fetched_sha = ?, proposed_sha = ?, precheck = NULL WHERE id = ?",
                 json.dumps(request.detail),
                 request.fingerprint,
                 request.diff.text,
                 json.dumps(request.diff.touches),
                 request.base_sha,
-                proposed,
+                first_base,
                 request.sha,
+                proposed,
                 approval,
             )
             tx.audit(actor, "revise", f"approval {approval}", request.sha or "ok")
@@ -2898,7 +2907,11 @@ class Trial:
     sha: str
     pins: str
     update: bool
-    timeout_s: float
+    deadline: float  # of the monotonic clock
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
 
 
 class Containers(Protocol):
@@ -3301,9 +3314,20 @@ class NixosContainers:
             "NIX_CONFIG": f"{os.environ.get('NIX_CONFIG', '')}\n{self.NIX_SETTINGS}",
         }
 
-    def _mark(self, name: str) -> str:
+    @staticmethod
+    def _mark(folder: Path) -> str:
         """In the environment of builds, so that one whose daemon was killed is found again."""
-        return f"HYPERHIVE_DEPLOY={self._config.deploy_dir(name)}"
+        return f"HYPERHIVE_BUILD={folder}"
+
+    def _marked(self, folder: Path) -> dict[str, str]:
+        key, _, value = self._mark(folder).partition("=")
+        return self._environment() | {key: value}
+
+    def _end_leftovers(self, folder: Path) -> None:
+        """Builds of a daemon that was killed may go on: they would spoil, or hold up, the next one here."""
+        for pid in processes_with(self._mark(folder)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _folder(self, name: str) -> Path:
         """Where commands about this container run: some leave things in their working directory."""
@@ -3320,9 +3344,7 @@ class NixosContainers:
 
     def _build(self, name: str, say: Say, *argv: str) -> None:
         folder, limit = self._folder(name), self._config.build_timeout_s
-        key, _, value = self._mark(name).partition("=")
-        env = self._environment() | {key: value}
-        run_aloud(argv, env=env, cwd=folder, say=say, timeout_s=limit, stop=self._ending)
+        run_aloud(argv, env=self._marked(folder), cwd=folder, say=say, timeout_s=limit, stop=self._ending)
 
     def _ask(self, *argv: str) -> str:
         env = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C.UTF-8"}
@@ -3407,8 +3429,8 @@ class NixosContainers:
 
     def build(self, name: str, sha: str, pins: str, say: Say, *, update: bool) -> str:
         self._refuse_foreign(name)
-        self._end_leftovers(name)
         folder = self._folder(name)
+        self._end_leftovers(folder)
         lock = folder / "flake.lock"
         if pins:
             write_atomically(lock, pins)
@@ -3419,12 +3441,6 @@ class NixosContainers:
             self._build(name, say, "nix", "flake", "update")
         self._build(name, say, "nix", "build", "--no-link", "--print-build-logs", f"{folder}#{TOPLEVEL}")
         return self._pins(lock)
-
-    def _end_leftovers(self, name: str) -> None:
-        """Builds of a daemon that was killed may go on: two in one directory would spoil each other."""
-        for pid in processes_with(self._mark(name)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
     def _pins(self, lock: Path) -> str:
         """What was built with, but for the inputs that change with each deploy: Nix locks those anew."""
@@ -3439,6 +3455,7 @@ class NixosContainers:
             return ""
 
     def evaluate(self, trial: Trial, say: Say, stop: threading.Event) -> None:
+        self._end_leftovers(self._config.scratch_dir)
         if trial.pins:
             write_atomically(trial.folder / "flake.lock", trial.pins)
         flake = deploy_flake(self._config, trial.name, trial.sha, trial.repository)
@@ -3449,17 +3466,19 @@ class NixosContainers:
 
     def try_build(self, trial: Trial, say: Say, stop: threading.Event) -> list[str]:
         result, runs = trial.folder / "result", self._config.profiles_dir / f"h-{trial.name}" / "system"
-        build = ("nix", "build", "--print-build-logs", "--max-jobs", "1", "--out-link", str(result))
+        # The builder may be the Nix daemon's child, which our niceness does not reach.
+        modest = ("--max-jobs", "1", "--cores", "1")
+        build = ("nix", "build", "--print-build-logs", *modest, "--out-link", str(result))
         self._try(trial, say, stop, *build, f"{trial.folder}#{TOPLEVEL}")
         if not runs.exists():
             return []
         argv = ["nix", "store", "diff-closures", str(runs.resolve()), str(result.resolve())]
-        return run(argv, env=self._environment(), cwd=trial.folder).text.splitlines()
+        return run(argv, env=self._environment(), cwd=trial.folder, timeout_s=trial.left_s).text.splitlines()
 
     def _try(self, trial: Trial, say: Say, stop: threading.Event, *argv: str) -> None:
-        """At the lowest priority: nobody waits for this as for a deploy."""
-        env = self._environment()
-        run_aloud(["nice", "-n", "19", *argv], env=env, cwd=trial.folder, say=say, timeout_s=trial.timeout_s, stop=stop)
+        """At the lowest priority: nobody waits for this as for a deploy. One at a time, so that one mark will do."""
+        argv, env = ("nice", "-n", "19", *argv), self._marked(self._config.scratch_dir)
+        run_aloud(argv, env=env, cwd=trial.folder, say=say, timeout_s=trial.left_s, stop=stop)
 
     def end_builds(self) -> None:
         self._ending.set()
@@ -4163,10 +4182,11 @@ class Deploys:
 
     def _compare_again(self, name: str, sha: str) -> None:
         """What still waits for this agent is now a change to something else than was shown: show that."""
-        waiting = "SELECT * FROM approvals WHERE agent = ? AND kind = 'apply_commit' AND status = 'pending'"
-        for row in self._store.rows(waiting, name):
-            diff = self._repositories.diff(name, sha, row["fetched_sha"])
-            request = Request(Kind.APPLY, name, sha=row["fetched_sha"], base_sha=sha, diff=diff)
+        waiting = "SELECT * FROM approvals WHERE agent = ? AND status = 'pending' AND kind IN (?, ?)"
+        for row in self._store.rows(waiting, name, Kind.APPLY, Kind.INPUTS):
+            wanted = row["fetched_sha"]
+            diff = self._repositories.diff(name, sha, wanted) if wanted else Diff()
+            request = Request(Kind(row["kind"]), name, sha=wanted, base_sha=sha, diff=diff)
             with contextlib.suppress(Refused):  # decided meanwhile
                 self._approvals.revise(SYSTEM_ACTOR, row["id"], request, None)
 
@@ -4280,6 +4300,8 @@ CLOSURE_LINE: Final = re.compile(
     r"(?P<name>[^:]+): (?:(?P<from>[^→]+) → (?P<to>.+?))?(?:(?:, )?(?P<size>[+-][0-9.]+) (?P<unit>[KMG]?i?B))?"
 )
 ERROR_PLACE: Final = re.compile(r"at \S*?(?:-source|»)/(?P<path>[^\s:]+):(?P<line>\d+)")
+ERROR_WORDS: Final = re.compile(r"\s*error: (?P<words>\S.*)")
+STORE_PATH: Final = re.compile(r"/\S*/[0-9a-z]{32}-")
 
 
 def package_changes(lines: Iterable[str]) -> list[Json]:
@@ -4348,10 +4370,11 @@ class Prechecks:
 
     def _try_all(self) -> None:
         while not self._closed and (row := self._next()) is not None:
-            self._stop.clear()
             self._now = row["id"], digest_of(row)
+            self._stop.clear()
             try:
-                self._try(row)
+                if not self._closed:  # or it was set before we cleared it
+                    self._try(row)
             except Exception as error:  # the thread must live on; the request says what happened
                 log.exception("the pre-check of request %d", row["id"])
                 self._note(row, {"state": "failed", "error": f"internal error: {error}"})
@@ -4360,29 +4383,38 @@ class Prechecks:
 
     def _try(self, row: sqlite3.Row) -> None:
         begun = time.monotonic()
-        verdict: Json = {"state": "running"}
         self._store.write(lambda tx: tx.execute("DELETE FROM precheck_log WHERE approval = ?", row["id"]))
-        self._note(row, verdict)
-        try:
-            with tempfile.TemporaryDirectory(dir=self._config.scratch_dir, prefix="precheck-") as scratch:
-                verdict = self._stages(row, Path(scratch), verdict)
-        except (Refused, OSError) as error:
-            late = time.monotonic() - begun >= self._config.precheck_timeout_s
-            verdict |= {"state": "timed_out" if late else "failed", "error": str(error)} | self._place(row)
+        self._note(row, {"state": "running"})
+        with tempfile.TemporaryDirectory(dir=self._config.scratch_dir, prefix="precheck-") as scratch:
+            verdict = self._verdict(row, Path(scratch), begun + self._config.precheck_timeout_s)
         if not self._stop.is_set():
             self._note(row, verdict | {"seconds": round(time.monotonic() - begun, 1)})
 
-    def _stages(self, row: sqlite3.Row, folder: Path, verdict: Json) -> Json:
-        trial, say = self._trial(row, folder), functools.partial(self._say, row)
-        self._agents.containers.evaluate(trial, say, self._stop)
-        verdict["evaluates"] = True
-        if self._config.precheck == "eval":
-            return verdict | {"state": "ok"}
-        self._note(row, verdict)
-        lines = self._agents.containers.try_build(trial, say, self._stop)
-        return verdict | {"state": "ok", "builds": True, "packages": package_changes(lines)}
+    def _verdict(self, row: sqlite3.Row, folder: Path, deadline: float) -> Json:
+        verdict: Json = {}
+        paths: list[str] = []
+        try:
+            trial = self._trial(row, folder, deadline)
+            paths = self._repositories.paths(trial.repository, trial.sha)
+            for verdict in self._stages(row, trial):
+                self._note(row, {"state": "running"} | verdict)
+        except (Refused, OSError) as error:
+            if time.monotonic() >= deadline:
+                limit_s = self._config.precheck_timeout_s
+                return verdict | {"state": "timed_out", "error": f"it did not end within {limit_s:g} s"}
+            return verdict | {"state": "failed", "error": str(error)} | self._what_nix_says(row, paths)
+        return verdict | {"state": "ok"}
 
-    def _trial(self, row: sqlite3.Row, folder: Path) -> Trial:
+    def _stages(self, row: sqlite3.Row, trial: Trial) -> Iterator[Json]:
+        """What is known after each."""
+        containers, say = self._agents.containers, functools.partial(self._say, row)
+        containers.evaluate(trial, say, self._stop)
+        yield {"evaluates": True}
+        if self._config.precheck == "build":
+            changes = containers.try_build(trial, say, self._stop)
+            yield {"evaluates": True, "builds": True, "packages": package_changes(changes)}
+
+    def _trial(self, row: sqlite3.Row, folder: Path, deadline: float) -> Trial:
         """Where the config comes from: a proposal, a kept agent's repository, or only the text of a spawn."""
         name, sha, repository = row["agent"], row["fetched_sha"], self._config.repository(row["agent"])
         text = json.loads(row["detail"]).get("config")
@@ -4396,16 +4428,18 @@ class Prechecks:
             raise Refused("not_found", f"{name} has no config yet")
         if repository == self._config.repository(name):
             self._repositories.hold(name, sha)
-        pins = self._deploys.pins_of(name)
-        return Trial(folder, name, repository, sha, pins, row["kind"] == Kind.INPUTS, self._config.precheck_timeout_s)
+        return Trial(folder, name, repository, sha, self._deploys.pins_of(name), row["kind"] == Kind.INPUTS, deadline)
 
-    def _place(self, row: sqlite3.Row) -> Json:
-        """Where in the config the error is, as far as Nix says it."""
-        for line in reversed(self.log(row["id"])):
-            match = ERROR_PLACE.search(ANSI.sub("", line))
-            if match:
-                return {"at": {"path": match["path"], "line": int(match["line"])}}
-        return {}
+    def _what_nix_says(self, row: sqlite3.Row, paths: Collection[str]) -> Json:
+        """Its first error, and the innermost place in these files that it names: others are nixpkgs' and ours."""
+        lines = [ANSI.sub("", line) for line in self.log(row["id"])]
+        said: Json = {}
+        for line in lines:
+            if words := ERROR_WORDS.fullmatch(line):
+                said.setdefault("error", STORE_PATH.sub("", words["words"]))
+            if (place := ERROR_PLACE.search(line)) and place["path"] in paths:
+                said["at"] = {"path": place["path"], "line": int(place["line"])}
+        return said
 
     def log(self, approval: int) -> list[str]:
         rows = self._store.rows("SELECT line FROM precheck_log WHERE approval = ? ORDER BY n", approval)
@@ -4604,6 +4638,7 @@ class Views:
             commit_ref=row["commit_ref"],
             fetched_sha=row["fetched_sha"],
             base_sha=row["base_sha"],
+            first_base_sha=row["first_base_sha"] if row["first_base_sha"] != row["base_sha"] else None,
             requested_at=rfc3339(row["requested_at"]),
             requested_by=row["requested_by"],
             status=row["status"],
@@ -5591,6 +5626,10 @@ class Requests:
             self._s.repositories.release(name, sha)
         return approval
 
+    def update_inputs(self, actor: Actor, target: str, description: str | None) -> int:
+        deployed = None if target == EVERYONE else self._s.agents.living(target)["deployed_sha"]
+        return self._s.approvals.request(actor, Request(Kind.INPUTS, target, description, base_sha=deployed))
+
     def files(self, approval: int) -> dict[str, str]:
         """The texts that a request would deploy, by path."""
         row = self._s.approvals.pending(approval)
@@ -5970,7 +6009,7 @@ class AgentConnection(Connection):
         target, description = f.text("agent"), f.text("description", default=None)
         f.done()
         target = EVERYONE if target == "all" else check_name(target)
-        return {"id": self._s.approvals.request(self._actor, Request(Kind.INPUTS, target, description))}
+        return {"id": self._requests.update_inputs(self._actor, target, description)}
 
     def request_schedule(self, f: Fields) -> Json:
         request = self._requests.schedule(self._actor, f, f.text("description", default=None))

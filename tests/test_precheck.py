@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import precheck
 import pytest
-from hive import wait_for
+from hive import end, wait_for
 from nixos import NixosHive
+from precheck import builders, verdict
 
 from hyperhive import ERROR_PLACE, package_changes
 
@@ -17,9 +19,6 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for containers"),
     pytest.mark.timeout(300),
 ]
-BIG = "{ trial.build = ''mkdir -p $out; head -c 3000000 /dev/zero > $out/big''; }\n"
-
-
 def test_what_diff_closures_says_is_a_table() -> None:
     lines = [
         "librsvg: ∅ → 2.60.0, +4100.5 KiB",
@@ -42,100 +41,187 @@ def test_the_place_of_an_error_is_found(source: str) -> None:
     assert place and (place["path"], place["line"]) == ("sub/agent.nix", "12")
 
 
+
 @pytest.fixture(scope="module")
 def hive() -> Iterator[NixosHive]:
-    settings = {"precheck": "build", "precheck_timeout_s": 20.0}
-    with tempfile.TemporaryDirectory(prefix="hh-", dir="/tmp") as folder, NixosHive(Path(folder), **settings) as hive:
-        yield hive.spawn("manager", "alice")
+    with tempfile.TemporaryDirectory(prefix="hh-", dir="/tmp") as place, NixosHive(Path(place), precheck="build") as it:
+        yield it.spawn("manager", "alice")
 
 
-def verdict(hive: NixosHive, approval: int, *states: str) -> dict[str, Any]:
-    """The pre-check of a request when it has come to one of these states, by default any last one."""
-    last = states or ("ok", "failed", "timed_out")
+def built_by(script: str) -> str:
+    return f"trial.build = ''{script}'';"
 
-    def look() -> Any:
-        found = hive.ask(cmd="show", id=approval)["approval"]["precheck"]
-        return found if found["state"] in last else None
 
-    return wait_for(look, f"{' or '.join(last)} of request {approval}", timeout_s=100)
+def config(script: str) -> str:
+    return f"{{ {built_by(script)} }}\n"
+
+
+BIG, SLOW = precheck.BUILDS.config(built_by), precheck.HANGS.config(built_by)
 
 
 def log(hive: NixosHive, approval: int) -> str:
     return "\n".join(hive.api("GET", f"/api/approvals/{approval}/precheck").body["log"])
 
 
-def test_a_config_that_builds_tells_what_would_change(hive: NixosHive) -> None:
-    asked = hive.propose("alice", BIG)
+def show(hive: NixosHive, approval: int) -> dict[str, Any]:
+    row: dict[str, Any] = hive.ask(cmd="show", id=approval)["approval"]
+    return row
+
+
+def deny(hive: NixosHive, *approvals: int) -> None:
+    assert all(hive.ask(cmd="deny", id=approval)["ok"] for approval in approvals)
+
+
+# ── the verdict ──
+
+
+@pytest.mark.parametrize("case", precheck.CASES.values(), ids=precheck.CASES)
+def test_what_is_found_out_about_a_config(hive: NixosHive, case: precheck.Case) -> None:
+    asked = hive.propose("alice", case.config(built_by))
     found = verdict(hive, asked)
-    assert (found["state"], found["evaluates"], found["builds"]) == ("ok", True, True), log(hive, asked)
-    assert sum(package["bytes"] for package in found["packages"]) > 2_000_000, found
-    assert found["seconds"] > 0 and "nix build" in log(hive, asked)
-    assert hive.ask(cmd="deny", id=asked)["ok"]
+    case.check(found, log(hive, asked))
+    assert "root:" not in log(hive, asked)
+    if case.at:
+        assert case.line in precheck.line_of(show(hive, asked)["diff"], case.at)
+    deny(hive, asked)
+
+
+def test_a_build_that_hangs_is_ended(folder: Path) -> None:
+    with NixosHive(folder, precheck="build", precheck_timeout_s=6.0) as hive:
+        asked = hive.propose("alice", SLOW)
+        precheck.HANGS.check(verdict(hive, asked), log(hive, asked))
+        wait_for(lambda: not builders(), "the end of the build")
+
+
+def test_which_packages_change_and_by_how_much(hive: NixosHive) -> None:
+    asked = hive.propose("alice", BIG)
+    (package,) = verdict(hive, asked)["packages"]
+    assert package["name"] == "nixos-system" and 2_900_000 < package["bytes"] < 3_100_000
+    deny(hive, asked)
 
 
 def test_a_first_config_is_tried_before_there_is_an_agent(hive: NixosHive) -> None:
     asked = hive.propose("carol", "{ }\n")
-    assert verdict(hive, asked)["state"] == "ok", log(hive, asked)
+    found = verdict(hive, asked)
+    assert found["state"] == "ok" and found["packages"] == [], log(hive, asked)
     assert not (hive.state / "applied/carol").exists(), "nothing is made for a request that only waits"
-    assert hive.ask(cmd="deny", id=asked)["ok"]
+    deny(hive, asked)
 
 
-def test_a_syntax_error_is_shown_where_it_is(hive: NixosHive) -> None:
-    asked = hive.propose("alice", "{\n  trial.build = ;\n}\n")
+def test_what_nix_says_of_a_first_config_is_shown_where_it_is(hive: NixosHive) -> None:
+    asked = hive.propose("carol", "{\n  networking.hostName = oops;\n}\n")
+    found = verdict(hive, asked)
+    assert (found["state"], found["at"]) == ("failed", {"path": "agent.nix", "line": 2})
+    assert found["error"] == "undefined variable 'oops'"
+    assert "oops" in precheck.line_of(show(hive, asked)["diff"], found["at"])
+    deny(hive, asked)
+
+
+def test_nothing_is_built_while_it_is_evaluated(hive: NixosHive) -> None:
+    """Import from derivation: an evaluation that would need a build is refused."""
+    script = 'derivation { name = "x"; system = pkgs.stdenv.hostPlatform.system; builder = "/bin/sh"; args = [ ]; }'
+    asked = hive.propose("alice", f"{{ pkgs, ... }}: {{ networking.hostName = import ({script}); }}\n")
     found = verdict(hive, asked)
     assert found["state"] == "failed" and "evaluates" not in found
-    assert found["at"] == {"path": "agent.nix", "line": 2}, log(hive, asked)
-    assert hive.ask(cmd="deny", id=asked)["ok"]
+    assert "allow-import-from-derivation" in log(hive, asked) and "building" not in log(hive, asked)
+    deny(hive, asked)
 
 
-def test_a_config_that_evaluates_and_does_not_build(hive: NixosHive) -> None:
-    asked = hive.propose("alice", "{ trial.build = ''echo these are its last words; exit 7''; }\n")
-    found = verdict(hive, asked)
-    assert found["state"] == "failed" and found["evaluates"] and "builds" not in found
-    assert "these are its last words" in log(hive, asked)
-    assert hive.ask(cmd="approve", id=asked)["ok"], "a pre-check colours the button and does not block it"
-    wait_for(lambda: hive.ask(cmd="show", id=asked)["approval"]["status"] == "failed", "the deploy to fail, too")
+def test_evaluation_alone_can_be_asked_for_or_nothing(folder: Path) -> None:
+    with NixosHive(folder, precheck="eval") as hive:
+        asked = hive.propose("alice", SLOW)
+        found = verdict(hive, asked)
+        assert (found["state"], found["evaluates"]) == ("ok", True)
+        assert {"builds", "packages"}.isdisjoint(found) and "nix build" not in log(hive, asked)
+        hive.stop()
+        hive.configure(precheck="off")
+        hive.start()
+        assert show(hive, asked)["precheck"] == found, "what was found out stays"
+        assert show(hive, hive.propose("bob", BIG))["precheck"] == {"state": "off"}
 
 
-def test_a_build_that_hangs_is_ended(hive: NixosHive) -> None:
-    asked = hive.propose("alice", "{ trial.build = ''sleep 1000''; }\n")
-    assert verdict(hive, asked)["state"] == "timed_out"
-    assert hive.ask(cmd="deny", id=asked)["ok"]
+# ── its place among the rest ──
 
 
-def test_a_host_file_can_not_be_read(hive: NixosHive) -> None:
-    asked = hive.propose("alice", "{ trial.build = builtins.readFile /etc/shadow; }\n")
-    found = verdict(hive, asked)
-    assert found["state"] == "failed" and "evaluates" not in found
-    assert "/etc/shadow" in log(hive, asked) and "root:" not in log(hive, asked)
-    assert hive.ask(cmd="deny", id=asked)["ok"]
+def test_it_never_decides(hive: NixosHive) -> None:
+    asked = hive.propose("alice", precheck.DOES_NOT_BUILD.config(built_by))
+    assert verdict(hive, asked)["state"] == "failed"
+    assert hive.ask(cmd="approve", id=asked)["ok"], "it colours the button and does not block it"
+    wait_for(lambda: show(hive, asked)["status"] == "failed", "the deploy to fail, too", timeout_s=60)
 
 
-def test_it_ends_with_its_request_and_begins_again_with_an_edit(hive: NixosHive) -> None:
-    asked = hive.propose("alice", "{ trial.build = ''sleep 1000''; }\n")
-    verdict(hive, asked, "running")
-    digest = hive.ask(cmd="show", id=asked)["approval"]["digest"]
-    edit = {"path": "agent.nix", "text": BIG, "digest": digest}
+def test_one_at_a_time_at_low_priority_with_one_core(hive: NixosHive) -> None:
+    first = hive.propose("alice", config(f'echo "cores $NIX_BUILD_CORES"; {precheck.HANGS.script}'))
+    second = hive.propose("alice", BIG)
+    wait_for(builders, "the build to begin")
+    assert [process.nice() for process in builders()] == [19]
+    assert verdict(hive, first, "running")["evaluates"]
+    assert show(hive, second)["precheck"] == {"state": "waiting"}
+    wait_for(lambda: "cores 1" in log(hive, first), "the log, while it runs")
+    deny(hive, first)
+    assert verdict(hive, second)["state"] == "ok"
+    deny(hive, second)
+
+
+@pytest.mark.parametrize("who", ["operator", "manager"])
+def test_it_ends_with_its_request(hive: NixosHive, who: str) -> None:
+    asked = hive.propose("alice", SLOW)
+    wait_for(builders, "the build to begin")
+    if who == "operator":
+        deny(hive, asked)
+    else:
+        with hive.agent("manager") as manager:
+            assert manager.ask("cancel_request", id=asked)["ok"]
+    wait_for(lambda: not builders(), "the end of the build")
+    assert list((hive.state / "tmp").glob("precheck-*")) == []
+    after = hive.propose("alice", BIG)
+    assert verdict(hive, after)["state"] == "ok", "it holds nobody up"
+    deny(hive, after)
+
+
+def test_it_ends_with_the_daemon_and_begins_again_with_it(folder: Path) -> None:
+    with NixosHive(folder, precheck="build") as hive:
+        asked = hive.propose("alice", SLOW)
+        wait_for(builders, "the build")
+        hive.stop()
+        assert builders() == []
+        hive.start()
+        wait_for(builders, "the next build")
+        hive.kill()
+        cut_off = builders()  # without its daemon, a Nix that is killed leaves them; it would hold up the next one
+        hive.start()
+        wait_for(lambda: set(builders()) - set(cut_off), "a build that does not wait for the one before")
+        end(cut_off)
+        deny(hive, asked)
+        wait_for(lambda: not builders(), "the end of the build")
+
+
+def test_it_begins_again_with_an_edit(hive: NixosHive) -> None:
+    asked = hive.propose("alice", SLOW)
+    wait_for(builders, "the build to begin")
+    edit = {"path": "agent.nix", "text": BIG, "digest": show(hive, asked)["digest"]}
     assert hive.api("POST", f"/api/approvals/{asked}/edit", edit).status == 200
-    found = verdict(hive, asked)
-    assert found["state"] == "ok" and found["seconds"] < 15, "it did not wait for the one that hangs"
-    slow = hive.propose("alice", "{ trial.build = ''sleep 999''; }\n")
-    verdict(hive, slow, "running")
-    assert hive.ask(cmd="deny", id=slow)["ok"] and hive.ask(cmd="deny", id=asked)["ok"]
-    again = hive.propose("alice", BIG + "# again\n")
-    assert verdict(hive, again)["state"] == "ok", "the one that was denied holds nobody up"
-    assert hive.ask(cmd="deny", id=again)["ok"]
+    assert verdict(hive, asked)["state"] == "ok", "it did not wait for the one that hangs"
+    assert "first_base_sha" not in show(hive, asked)
+    deny(hive, asked)
 
 
 def test_it_is_done_again_when_something_else_was_deployed_meanwhile(hive: NixosHive) -> None:
+    """A change is compared with what runs now, and so are new inputs; the request says on what it was asked."""
     asked, other = hive.propose("alice", BIG), hive.propose("alice", "{ }\n# other\n")
-    before = verdict(hive, asked)
-    shown = hive.ask(cmd="show", id=asked)["approval"]
+    with hive.agent("manager") as manager:
+        inputs = manager.ask("request_update_inputs", agent="alice")["id"]
+    shown = {request: show(hive, request) for request in (asked, inputs) if verdict(hive, request)["state"] == "ok"}
+    assert not any("first_base_sha" in row for row in shown.values())
     assert hive.approve(other)["phase"] == "deployed"
-    now = wait_for(
-        lambda: (row := hive.ask(cmd="show", id=asked)["approval"])["base_sha"] != shown["base_sha"] and row,
-        "the comparison with what runs now",
-    )
-    assert now["digest"] != shown["digest"] and "# other" in now["diff"]
-    assert verdict(hive, asked)["state"] == "ok" and before["state"] == "ok"
-    assert hive.ask(cmd="deny", id=asked)["ok"]
+    deployed = next(row for row in hive.ask(cmd="agent_status")["agent_statuses"] if row["name"] == "alice")
+    for request, before in shown.items():
+        now = show(hive, request)
+        assert now["first_base_sha"] == before["base_sha"] != now["base_sha"]
+        assert now["base_sha"].startswith(deployed["deployed_sha"])
+        assert now["digest"] != before["digest"]
+        stale = hive.api("POST", f"/api/approvals/{request}/approve", {"digest": before["digest"]})
+        assert stale.status == 409 and stale.body["code"] == "stale"
+        assert verdict(hive, request)["state"] == "ok"
+    assert "# other" in show(hive, asked)["diff"]
+    deny(hive, asked, inputs)
