@@ -4653,6 +4653,7 @@ class Views:
             digest=digest_of(row),
             superseded_by=row["superseded_by"],
             proposed_sha=row["proposed_sha"],
+            edited=True if row["proposed_sha"] or "proposed" in detail else None,
             precheck=self._precheck(row),
             undo_until=when(row["not_before"]) if row["phase"] == Phase.QUEUED else None,
         )

@@ -130,6 +130,7 @@ export function approval_card(row, { keys = false, brief = false, ...props } = {
     row.description && prose(row.description, { class: "card-body reason" }),
     row.schedule && schedule_view(row.schedule),
     overtaken(row),
+    row.status === "pending" && moved(row),
     !brief && precheck_line(row),
     hints(row, brief),
     !brief && [changes(row), packages_view(row), edit_form(row, show_detail), background(row)],
@@ -147,6 +148,18 @@ function overtaken(row) {
       "A newer request for the same agent waits: ",
       h("a", { href: `#/approvals/${newer.id}` }, `#${newer.id}`),
     )
+  );
+}
+
+/** Another config was deployed meanwhile: what is shown, and what was checked, is not what was at first. */
+function moved(row) {
+  const { base_sha, first_base_sha, precheck } = row;
+  if (!first_base_sha || first_base_sha === base_sha) return null;
+  const checked = precheck && precheck.state !== "off" ? ", and checked again," : "";
+  return h(
+    "p",
+    { class: "card-line warn" },
+    `Another config was deployed since this was asked. The change is shown${checked} against what runs now.`,
   );
 }
 
@@ -180,12 +193,12 @@ function hints(row, brief) {
       h("span", { class: "dim" }, "on top of ", h("code", { title: row.base_sha }, short_sha(row.base_sha))),
     row.fetched_sha &&
       h("span", { class: "dim" }, "commit ", h("code", { title: row.fetched_sha }, short_sha(row.fetched_sha))),
-    row.proposed_sha &&
+    row.edited &&
       h(
         "span",
         { class: "warn" },
-        "edited by you; proposed was ",
-        h("code", { title: row.proposed_sha }, short_sha(row.proposed_sha)),
+        "edited by you",
+        row.proposed_sha && ["; proposed was ", h("code", { title: row.proposed_sha }, short_sha(row.proposed_sha))],
       ),
     edit_button(row),
   ].filter(Boolean);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ import browserbox
 import pytest
 from browserbox import Tab, card
 from hive import Hive, wait_for
+from nixos import NixosHive
 from playwright.sync_api import expect
 
 browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
@@ -142,6 +144,71 @@ def test_an_error_is_marked_in_the_diff(team: Hive, folder: Path, tab: Tab) -> N
     expect(marked.locator(".text")).to_have_text("}")
     expect(marked).to_contain_text("↑ syntax error, unexpected '}'")
     expect(request.get_by_role("button", name=f"Approve request {number}")).to_be_enabled()
+
+
+@pytest.mark.needs("nix", "systemd-nspawn")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for containers")
+def test_the_verdict_comes_while_the_request_is_open(folder: Path, open_tab: Callable[..., Tab]) -> None:
+    with NixosHive(folder, precheck="build") as hive:
+        hive.spawn("manager")
+        tab = open_tab(f"{hive.url}/#token={hive.token}")
+        tab.expected = ["ERR_"]  # the hive of this test goes before its page
+        wrong = hive.propose("alice", "{ pkgs, ... }:\n{\n  networking.hostName = ;\n}\n")
+        tab.go(f"approvals/{wrong}")
+        request = card(tab, "a new agent, alice")
+        verdict = request.get_by_role("status", name="Pre-check")
+        expect(verdict).to_contain_text(re.compile("waits for its turn|under way"))
+        expect(verdict).to_contain_text("✗ does not evaluate", timeout=100_000)
+        expect(verdict).to_contain_text("agent.nix:3")
+        marked = request.locator(".diff .marked")
+        expect(marked.locator(".text")).to_have_text("  networking.hostName = ;")
+        expect(marked).to_contain_text("syntax error, unexpected ';'")
+        request.get_by_role("button", name="Log of the pre-check").click()
+        expect(request.get_by_role("log")).to_contain_text("syntax error")
+        request.get_by_role("button", name=f"Edit request {wrong}").click()
+        request.get_by_label("Text of agent.nix").fill("{ }\n")
+        request.get_by_role("button", name="Save the edit").click()
+        expect(request).to_contain_text("edited by you")
+        expect(verdict).to_contain_text("✓ evaluates", timeout=100_000)
+        expect(verdict).to_contain_text("✓ builds", timeout=100_000)
+        expect(request.get_by_role("log")).not_to_contain_text("syntax error")
+        expect(request.locator(".diff .marked")).to_have_count(0)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        ({"state": "waiting"}, "Pre-check: waits for its turn"),
+        ({"state": "running"}, "Pre-check: under way…"),
+        ({"state": "running", "evaluates": True}, "✓ evaluatesPre-check: under way…"),
+        ({"state": "ok", "evaluates": True, "builds": True, "packages": []}, "✓ evaluates✓ buildsno package changes"),
+        ({"state": "failed", "evaluates": True, "error": "exit code 7"}, "✓ evaluates✗ does not buildexit code 7"),
+        ({"state": "timed_out", "error": "it did not end"}, "✗ the pre-check took too long and was given up"),
+        ({"state": "off"}, "Pre-checks are switched off"),
+    ],
+)
+def test_each_state_of_a_pre_check_is_told(
+    team: Hive, folder: Path, tab: Tab, verdict: dict[str, Any], words: str
+) -> None:
+    number = propose(team, folder, {"agent.nix": SECOND})
+    check(team, number, verdict)
+    tab.page.reload()
+    request = card(tab, "to change alice")
+    expect(request.get_by_role("status", name="Pre-check")).to_contain_text(words)
+    expect(request.get_by_role("button", name=f"Approve request {number}")).to_be_enabled()
+
+
+def test_a_change_that_is_shown_against_another_config_than_at_first_says_so(
+    team: Hive, folder: Path, tab: Tab
+) -> None:
+    older = propose(team, folder, {"agent.nix": SECOND.replace("hi", "older")})
+    newer = propose(team, folder, {"agent.nix": SECOND.replace("hi", "newer")})
+    request = tab.page.locator(f'[data-card="approval-{older}"]')
+    expect(request.locator(".diff")).to_be_visible()
+    expect(request).not_to_contain_text("Another config was deployed")
+    assert team.api("POST", f"/api/approvals/{newer}/approve", {}).status == 200
+    expect(request).to_contain_text("Another config was deployed since this was asked.")
+    expect(request.locator(".diff .removed")).to_contain_text("newer")
 
 
 def test_old_and_new_side_by_side_where_there_is_room(team: Hive, folder: Path, tab: Tab) -> None:
