@@ -1429,8 +1429,8 @@ def last_backup(database: Path) -> str:
 LEASE_BYTES: Final = 256 * 1024  # of bodies in one answer; at least one message
 PING_PONG_SQL: Final = """
     SELECT count(*) FROM (
-        SELECT id FROM messages WHERE sender = ?1 AND recipient = ?2 AND at > ?3 AND id > ?4
-        UNION ALL SELECT id FROM messages WHERE sender = ?2 AND recipient = ?1 AND at > ?3 AND id > ?4 LIMIT ?5)
+        SELECT id FROM messages WHERE sender = ?1 AND recipient = ?2 AND at >= ?3 AND id > ?4
+        UNION ALL SELECT id FROM messages WHERE sender = ?2 AND recipient = ?1 AND at >= ?3 AND id > ?4 LIMIT ?5)
 """
 
 

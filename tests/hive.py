@@ -25,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import contract
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,8 +274,10 @@ class Hive:
             text = response.read().decode()
         finally:
             connection.close()
-        is_json = response.headers.get_content_type() == "application/json" and method != "HEAD"
-        return Answer(response.status, response.headers, json.loads(text) if is_json else text)
+        content_type = response.headers.get_content_type()
+        found = json.loads(text) if content_type == "application/json" and method != "HEAD" else text
+        contract.check(method, path, response.status, content_type, found)
+        return Answer(response.status, response.headers, found)
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """One request on host.sock: `hive.ask(cmd="pending")`."""
