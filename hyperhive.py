@@ -4895,7 +4895,7 @@ class Views:
 
     def change(self, kind: str, key: Any) -> Json | None:
         """A live change, read afresh; None for what no stream shows."""
-        if kind == "agent":
+        if kind == "agent" and key not in (OPERATOR, EVERYONE):  # these have mail and requests, too, but no row
             rows = self.agents(key)
             return {"kind": "agent", "row": rows[0]} if rows else {"kind": "agent_gone", "name": key}
         if kind == "approval" and key is not None:
@@ -6435,6 +6435,7 @@ CONTENT_TYPES: Final[Mapping[str, str]] = {
 }
 BODY_MAX: Final = 1024 * 1024
 HANDOVER_S: Final = 5.0
+FIND_MAX: Final = 200
 # What a harness is told with no more than the word.
 PLAIN_CONTROLS: Final = (
     Control.INTERRUPT,
@@ -6548,6 +6549,8 @@ class Guard:
                 raise Refused("bad_request", f"unknown parameter {key[:60]!r}", hint)
             if len(query.getall(key)) > 1:
                 raise Refused("bad_request", f"the parameter {key!r} stands twice")
+            if query.getunicode(key) is None:
+                raise Refused("bad_request", f"the parameter {key!r} is no UTF-8")
 
     def add_headers(self) -> None:
         for name, value in SECURITY_HEADERS.items():
@@ -6746,7 +6749,9 @@ class Routes:
         """
         self._s.agents.known(check_name(name))
         before, most = self._query("before", 2**53, 2**53), self._query("max", 300, 1000)
-        words = self._request.query.getunicode("find", "")[:200]
+        words = self._request.query.getunicode("find", "")
+        if len(words) > FIND_MAX:
+            raise Refused("too_large", f"the words to find may have at most {FIND_MAX} characters")
         found = self._s.views.events(agent=name, before=before, most=most, words=words)
         oldest = min(before, self._s.views.oldest_event(name) or 1)
         if len(found) == most or oldest <= 1:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
+import contract
 import psutil
 import pytest
 from hive import HYPERHIVE, Answer, Hive, free_ports, wait_for
@@ -211,7 +212,9 @@ def test_headers_are_on_every_answer(crew: Hive) -> None:
         ("GET", "/api/usage?days=-1", 400, "bad_request"),
         ("GET", "/api/audit?max=1e3", 400, "bad_request"),
         ("GET", "/api/stream?agent=..", 400, "bad_name"),
-        ("GET", "/api/deploys?agent=%ff", 400, "bad_name"),
+        ("GET", "/api/deploys?agent=%ff", 400, "bad_request"),
+        ("GET", "/api/deploys?agent=", 400, "bad_name"),
+        ("GET", f"/api/agents/alice/events?find={'x' * 201}", 413, "too_large"),
         ("GET", "/api/agents/alice/diff", 400, "bad_request"),
         ("GET", "/api/agents/alice/diff?from=-x&to=--all", 400, "bad_request"),
         ("GET", f"/api/agents/alice/diff?from={'0' * 40}&to={'0' * 40}", 404, "not_found"),
@@ -601,7 +604,9 @@ class Stream:
         fields: dict[str, str] = {}
         while line := self.response.readline().decode():
             if line == "\n" and fields:
-                return Event(fields["id"], fields["event"], json.loads(fields["data"]))
+                event = Event(fields["id"], fields["event"], json.loads(fields["data"]))
+                assert contract.conforms(event.data, event.event.capitalize())
+                return event
             if line != "\n" and not line.startswith(":"):
                 key, _, value = line.rstrip("\n").partition(": ")
                 fields[key] = value
