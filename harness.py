@@ -292,8 +292,8 @@ REMEDIES: Final[Mapping[Failure, Remedy]] = {
     Failure.LIMIT: Remedy(False, Wait.RESET, State.RATE_LIMITED, "A limit of the service is reached."),
     Failure.OVERLOAD: Remedy(False, Wait.BACK_OFF, State.RATE_LIMITED, "The service is overloaded or failing."),
     Failure.UNREACHABLE: Remedy(False, Wait.BACK_OFF, State.RATE_LIMITED, "The service cannot be reached."),
-    Failure.BILLING: Remedy(False, Wait.OPERATOR, State.FAILED, "The account has no credit."),
-    Failure.MODEL: Remedy(False, Wait.OPERATOR, State.FAILED, "The service does not know the model."),
+    Failure.BILLING: Remedy(False, Wait.OPERATOR, State.FAILED, "The account has no credit; resume when it has."),
+    Failure.MODEL: Remedy(False, Wait.OPERATOR, State.FAILED, "The service does not know the model; pick another."),
     Failure.CANNOT_START: Remedy(False, Wait.BACK_OFF, State.FAILED, "The claude command cannot be started."),
     Failure.TOO_LONG: Remedy(True, Wait.NOT, State.IDLE, "The conversation grew too long.", 1),
     Failure.STALLED: Remedy(True, Wait.BACK_OFF, State.FAILED, "The turn was silent for too long."),
@@ -728,7 +728,7 @@ def open_claude(config: Config, argv: list[str], *, stderr: int, **marks: str) -
             argv, cwd=config.state, env=environment, stdin=pipe, stdout=pipe, stderr=stderr, start_new_session=True
         )
     except OSError as problem:
-        raise HarnessError("cannot_start", f"{argv[0]} cannot be started: {problem}.") from None
+        raise HarnessError("cannot_start", f"{argv[0]}: {problem.strerror}.") from None
 
 
 def opened(pipe: IO[bytes] | None) -> IO[bytes]:
@@ -1110,7 +1110,8 @@ class ClaudeProcess:
                         self._inbox.put(FromClaude(self, event))
                     self.silent = False
                 except HarnessError as problem:
-                    self._garbage = f"{problem.message} It begins {line[:80]!r}"
+                    shown = line[:80].decode("utf-8", "replace").strip()
+                    self._garbage = f"It printed {shown!r}: {problem.message}"
                     self.kill()  # after one line that makes no sense no later one can be trusted
                     return
 
@@ -1128,6 +1129,10 @@ class ClaudeProcess:
         self._inbox.put(ClaudeGone(self, status, self._garbage, self._complaint))
 
 
+def ending(status: int) -> str:
+    return f"It was ended by signal {-status}." if status < 0 else f"Its status was {status}."
+
+
 def sweep_orphans(session: str) -> int:
     """Kills what a session left running. Returns how many there were."""
     mark = f"{SESSION_MARK}={session}".encode()
@@ -1142,7 +1147,7 @@ def sweep_orphans(session: str) -> int:
 
 @dataclass(frozen=True)
 class LoginNews:
-    login: Login
+    login: Login | None  # None: it could not be begun
     phase: str  # starting, code_wanted, checking, failed, done
     url: str | None = None
     error: str | None = None
@@ -2057,7 +2062,8 @@ class Agent:
             self._login = Login(self.config, self.inbox)
             self._login_news = LoginNews(self._login, "starting")
         except HarnessError as problem:
-            self._note(problem.message)
+            reason = REMEDIES[Failure.CANNOT_START].reason
+            self._login_news = LoginNews(None, "failed", error=f"{reason} {problem.message}")
         self._refresh()
 
     def _on_login(self, news: LoginNews) -> None:
@@ -2302,7 +2308,7 @@ class Agent:
         if swept := sweep_orphans(process.launch.session):
             self._note(f"{swept} processes that Claude had left running were ended.")
         turn = self._turn
-        why = gone.garbage or f"Status {gone.status}. {gone.complaint}".strip()
+        why = gone.garbage or f"{ending(gone.status)} {gone.complaint}".strip()
         if turn is None:
             self._note(f"Claude ended by itself. {why}")
         elif process.lost:
@@ -3595,7 +3601,7 @@ def run_interactive(config: Config) -> int:
     try:
         os.execvpe(argv[0], argv, {**claude_environment(config), **marks})  # noqa: S606 - without a shell, indeed
     except OSError as problem:
-        raise HarnessError("cannot_start", f"{argv[0]} cannot be started: {problem}.") from None
+        raise HarnessError("cannot_start", f"{argv[0]} cannot be started: {problem.strerror}.") from None
 
 
 def main() -> int:

@@ -66,12 +66,20 @@ def listens(port: int) -> bool:
     return True
 
 
-def processes_of(folder: Path) -> list[psutil.Process]:
+def processes_of(folder: Path, program: str = "") -> list[psutil.Process]:
     """The living processes, children or not, whose environment names `folder`: a daemon's and its agents' do.
 
     A folder's name is a test's own, so this finds what was started for the test and has left its parent.
     """
-    return [process for process in psutil.process_iter() if process.pid != os.getpid() and mentions(process, folder)]
+    others = (process for process in psutil.process_iter() if process.pid != os.getpid())
+    return [process for process in others if mentions(process, folder) and (not program or runs(process, program))]
+
+
+def runs(process: psutil.Process, program: str) -> bool:
+    try:
+        return process.name() == program
+    except psutil.NoSuchProcess:
+        return False
 
 
 def mentions(process: psutil.Process, folder: Path) -> bool:

@@ -15,8 +15,11 @@ import psutil
 import pytest
 from conftest import CLAUDE
 from fakes.harness import HARNESS, Harness
+from fakes.host import Host
 from fakes.messages_api import Api
 from hive import Hive, processes_of, wait_for
+
+from harness import REMEDIES, Failure, Wait
 
 pytestmark = pytest.mark.needs("claude")
 
@@ -119,69 +122,148 @@ def test_mail_sent_while_the_last_text_is_written_is_read_in_a_turn_of_its_own(h
     assert len(host.of("turn_start")) == len(host.of("turn_end")) == 2
 
 
-FAILURES: dict[str, tuple[tuple[int, str, str], str, str, str]] = {
-    # what the service says → class, state, and words of the sentence that the page shows
-    "401": ((401, "authentication_error", "no"), "authentication_failed", "needs_login", "Claude is not signed in."),
-    "403": ((403, "permission_error", "no"), "authentication_failed", "needs_login", "Claude is not signed in."),
-    "429": ((429, "rate_limit_error", "no"), "rate_limit", "rate_limited", "A limit of the service is reached."),
-    "529": ((529, "overloaded_error", "no"), "server_error", "rate_limited", "overloaded or failing"),
-    "500": ((500, "api_error", "no"), "server_error", "rate_limited", "overloaded or failing"),
-    "billing": (
-        (400, "invalid_request_error", "Your credit balance is too low to access the Anthropic API."),
-        "billing_error",
-        "failed",
-        "The account has no credit.",
-    ),
-    "model": ((404, "not_found_error", "no"), "model_not_found", "failed", "does not know the model"),
-    "poison": ((400, "invalid_request_error", "messages.1 is broken"), "other", "failed", "The turn failed."),
+# ── failures: each ends as harness.REMEDIES says, and what comes after it needs no restart ──
+
+
+def failed_as(harness: Harness, failure: Failure, message: int) -> dict[str, Any]:
+    """Wait until the first turn of this message has failed, and hold it against the table: the class, the state, the
+    sentence that the page shows, and where the mail is. Returns the state that was reported, if the agent waits.
+    """
+    host, remedy = harness.host, REMEDIES[failure]
+    end = host.wait(lambda: end_of_turn(host, message), "the end of the turn")
+    assert (end["outcome"], end["class"]) == ("failed", failure)
+    assert end["reason"].startswith(remedy.reason), end["reason"]
+    nack = host.wait(lambda: [call for call in host.called("nack") if message in call["ids"]], "the mail")[0]
+    assert nack.get("blameless", False) is not remedy.blame and nack["reason"] == end["reason"]
+    assert host.mail[message]["state"] in ("queued", "leased") and host.mail[message]["blamed"] >= remedy.blame
+    if remedy.wait is Wait.NOT:
+        return {}
+    states = host.wait(lambda: [one for one in host.states if one.get("reason") == end["reason"]], "the state")
+    assert states[-1]["state"] == remedy.state
+    assert ("until" in states[-1]) is (remedy.wait is not Wait.OPERATOR)
+    return dict(states[-1])
+
+
+def end_of_turn(host: Host, message: int) -> dict[str, Any] | None:
+    events = [host.events[number] for number in sorted(host.events)]
+    given = (event for event in events if any(one["id"] == message for one in event["data"].get("messages", [])))
+    turn = next((event["turn"] for event in given), None)
+    return next((one["data"] for one in events if one["kind"] == "turn_end" and one["turn"] == turn), None)
+
+
+def recovered(harness: Harness, message: int, *, blamed: int = 0) -> None:
+    harness.host.wait_acked(message)
+    harness.host.wait_state("idle")
+    assert harness.host.mail[message]["blamed"] == blamed
+
+
+NO_CREDIT = "Your credit balance is too low to access the Anthropic API."
+ANSWERS: dict[str, tuple[Failure, tuple[int, str, str]]] = {
+    "401": (Failure.SIGN_IN, (401, "authentication_error", "no")),
+    "403": (Failure.SIGN_IN, (403, "permission_error", "no")),
+    "429": (Failure.LIMIT, (429, "rate_limit_error", "no")),
+    "529": (Failure.OVERLOAD, (529, "overloaded_error", "no")),
+    "500": (Failure.OVERLOAD, (500, "api_error", "no")),
+    "billing": (Failure.BILLING, (400, "invalid_request_error", NO_CREDIT)),
+    "model": (Failure.MODEL, (404, "not_found_error", "no")),
+    "poison": (Failure.OTHER, (400, "invalid_request_error", "messages.1 is broken")),
 }
 
 
-def test_each_failure_ends_in_its_state_and_needs_no_restart(harness: Harness, api: Api) -> None:
-    host = harness.host
-    harness.stop()
-    harness.env["HYPERHIVE_BACKOFF_S"] = "60"
-    harness.start()
-    for number, (name, (failure, kind, state, words)) in enumerate(FAILURES.items(), 1):
-        api.fail(*failure)
-        message = host.put(f"hello from case {name}")
-        assert host.wait_event("turn_end", number, outcome="failed")["class"] == kind, name
-        report = host.wait_state(state)
-        assert words in report["reason"], name
-        assert ("until" in report) == (state == "rate_limited" or kind == "other"), name
-        host.wait(lambda expected=number: len(host.called("nack")) >= expected, f"{name}: the mail to come back")
-        assert host.called("nack")[-1].get("blameless", False) is (kind != "other"), name
-        api.work()
-        host.control("resume")
-        host.wait_acked(message)
-        host.wait_state("idle")
-        assert api.said().count(f"hello from case {name}") == 1  # it was given twice
-    assert sum("(process" in note["text"] for note in host.of("note")) == 1, "one process, through all of it"
+def test_what_the_service_answers(folder: Path, api: Api) -> None:
+    harness = Harness(folder, claude=str(CLAUDE))
+    harness.env["HYPERHIVE_BACKOFF_S"] = "2"
+    with harness:
+        host = harness.host
+        for name, (failure, answer) in ANSWERS.items():
+            api.fail(*answer)
+            message = host.put(f"hello from case {name}")
+            failed_as(harness, failure, message)
+            api.work()
+            if failure is Failure.MODEL:
+                host.control("set_model", model="another-1")
+            elif REMEDIES[failure].wait is Wait.OPERATOR:
+                host.control("resume")
+            recovered(harness, message, blamed=REMEDIES[failure].blame)  # the others go on by themselves
+            assert api.said().count(f"hello from case {name}") == 1  # it was given twice
+        assert sum("(process" in note["text"] for note in host.of("note")) == 1, "one process, through all of it"
 
 
-def test_a_service_that_hangs_or_is_gone_is_out_of_reach_and_one_that_stumbles_is_not(
-    harness: Harness, api: Api
-) -> None:
-    host = harness.host
-    for number, manner in enumerate(("slow", "cut"), 1):
-        api.manner = manner
-        host.wait_acked(host.put(script({"text": "a text of several words"}), "bob"))
-        host.wait_event("turn_end", number, outcome="done")
+@pytest.mark.parametrize("manner", ["slow", "cut"])
+def test_a_service_that_stumbles_is_waited_for(harness: Harness, api: Api, manner: str) -> None:
+    api.manner = manner
+    message = harness.host.put(script({"text": "a text of several words"}), "bob")
+    recovered(harness, message)
+    harness.host.wait_event("turn_end", outcome="done")
+    harness.host.wait_text("a text of several words")
+
+
+def test_a_service_that_hangs_is_out_of_reach(harness: Harness, api: Api) -> None:
     api.manner = "hang"
-    message = host.put("anybody there?")
-    assert host.wait_event("turn_end", outcome="failed")["class"] == "unreachable"
+    message = harness.host.put("anybody there?")
+    failed_as(harness, Failure.UNREACHABLE, message)
     api.work()
-    host.wait_acked(message)
+    recovered(harness, message)
+
+
+def test_a_service_that_refuses_connections_is_out_of_reach(harness: Harness, api: Api) -> None:
     api.stop()
-    failed = len(host.of("turn_end", outcome="failed"))
-    message = host.put("and now?")
-    end = host.wait_event("turn_end", failed + 1, outcome="failed")
-    assert end["class"] == "unreachable" and "cannot be reached" in end["reason"]
+    message = harness.host.put("anybody there?")
+    failed_as(harness, Failure.UNREACHABLE, message)
     again = Api(api.server_address[1]).start()
     try:
-        host.wait_acked(message)
+        recovered(harness, message)
     finally:
         again.stop()
+
+
+def test_a_turn_in_which_nothing_happens_is_ended(folder: Path, api: Api) -> None:
+    (folder / "environment").write_text(f"ANTHROPIC_API_KEY=dummy\nANTHROPIC_BASE_URL={api.url}\n")
+    with Harness(folder, claude=str(CLAUDE), stall_s=3) as harness:
+        api.manner = "hang"
+        message = harness.host.put("anybody there?")
+        failed_as(harness, Failure.STALLED, message)
+        api.work()
+        recovered(harness, message, blamed=harness.host.mail[message]["blamed"])
+
+
+def test_a_claude_that_dies(harness: Harness) -> None:
+    mark = harness.folder / "begun"
+    once = f"test -e {mark} || {{ touch {mark}; kill -9 $PPID; }}"
+    message = harness.host.put(script(shell(once), shell(once), {"text": "The second time."}))
+    failed_as(harness, Failure.DIED, message)
+    recovered(harness, message, blamed=1)
+
+
+def test_a_claude_that_prints_what_is_not_its_protocol(folder: Path) -> None:
+    command = folder / "claude-with-a-greeting"
+    command.write_text(f'#!/bin/sh\ntest -e {folder}/quiet || echo "Welcome."\nexec {CLAUDE} "$@"\n')
+    command.chmod(0o755)
+    with Harness(folder, claude=str(command)) as harness:
+        message = harness.host.put("hello")
+        assert "Welcome." in failed_as(harness, Failure.GARBAGE, message)["reason"]
+        (folder / "quiet").touch()
+        recovered(harness, message, blamed=harness.host.mail[message]["blamed"])
+
+
+def test_a_claude_that_is_not_there_yet(folder: Path) -> None:
+    command = folder / "claude-to-come"
+    with Harness(folder, claude=str(command)) as harness:
+        message = harness.host.put("hello")
+        failed_as(harness, Failure.CANNOT_START, message)
+        command.symlink_to(CLAUDE)
+        recovered(harness, message)
+
+
+def test_a_claude_that_refuses_to_start(folder: Path) -> None:
+    command = folder / "claude-with-an-option"
+    command.write_text(f'#!/bin/sh\ntest -e {folder}/better || set -- --no-such-option "$@"\nexec {CLAUDE} "$@"\n')
+    command.chmod(0o755)
+    with Harness(folder, claude=str(command)) as harness:
+        message = harness.host.put("hello")
+        assert "no-such-option" in failed_as(harness, Failure.CANNOT_START, message)["reason"]
+        (folder / "better").touch()
+        recovered(harness, message)
 
 
 def test_a_subscription_limit_is_waited_for_until_it_resets(harness: Harness, api: Api, folder: Path) -> None:
@@ -196,14 +278,12 @@ def test_a_subscription_limit_is_waited_for_until_it_resets(harness: Harness, ap
     headers = {f"anthropic_ratelimit_unified_{name}": value for name, value in unified.items()}
     api.fail(429, "rate_limit_error", "no", **headers)
     message = host.put("hello")
-    host.wait_state("rate_limited")
-    report = next(state for state in host.states if state["state"] == "rate_limited")
+    report = failed_as(harness, Failure.LIMIT, message)
     assert datetime.fromisoformat(report["until"]).timestamp() == resets + 1
     assert report["signed_in_until"] and report["signed_in_renews"]
     api.work()
-    host.wait_acked(message)
-    assert time.time() >= resets and host.mail[message]["blamed"] == 0
-    host.wait_state("idle")
+    recovered(harness, message)
+    assert time.time() >= resets
 
 
 def test_a_conversation_that_is_too_long_gives_way_to_a_new_one(harness: Harness, api: Api) -> None:
@@ -211,9 +291,9 @@ def test_a_conversation_that_is_too_long_gives_way_to_a_new_one(harness: Harness
     host.wait_acked(host.put("one"))
     api.fail(400, "invalid_request_error", "prompt is too long: 250000 tokens > 200000 maximum")
     message = host.put("two")
-    assert host.wait_event("turn_end", outcome="failed")["class"] == "prompt_too_long"
+    failed_as(harness, Failure.TOO_LONG, message)
     api.work()
-    host.wait_acked(message)
+    recovered(harness, message, blamed=host.mail[message]["blamed"])
     assert f"Your notes are in {harness.state}/notes.md" in api.said() and "> one" not in api.said()
 
 
@@ -304,7 +384,7 @@ def test_a_task_in_the_background_keeps_the_process_and_starts_a_turn(folder: Pa
 
 def test_sigterm_in_a_turn_leaves_no_process(harness: Harness) -> None:
     message = harness.host.put(script(shell("sleep 300"), {"text": "Never."}))
-    wait_for(lambda: [one for one in processes_of(harness.folder) if one.name() == "sleep"], "the tool")
+    wait_for(lambda: processes_of(harness.folder, "sleep"), "the tool")
     assert harness.stop() == 0
     assert not processes_of(harness.folder)
     assert harness.host.mail[message]["state"] == "queued" and harness.host.mail[message]["blamed"] == 0

@@ -179,7 +179,7 @@ def test_claude_killed_in_a_turn_is_resumed_and_leaves_nothing_running(harness: 
     assert host.wait_event("turn_end", outcome="failed")["class"] == "died"
     assert any("left running" in note["text"] for note in host.of("note"))
     assert any("resumed" in note["text"] for note in host.of("note"))
-    assert not [one for one in processes_of(harness.folder) if one.name() == "sleep"]
+    assert not processes_of(harness.folder, "sleep")
 
 
 def test_an_unknown_session_begins_a_new_one(harness: Harness) -> None:
@@ -368,6 +368,13 @@ def test_a_limit_is_waited_for_or_left_to_the_operator(folder: Path) -> None:
         harness.host.wait_event("turn_end", 2)
 
 
+def test_a_sign_in_that_can_not_begin_says_why(folder: Path) -> None:
+    with Harness(folder, claude=str(folder / "no-such-command")) as harness:
+        harness.host.control("login_begin")
+        login = harness.host.wait(lambda: (state := harness.host.states[-1:]) and state[0].get("login"), "the outcome")
+        assert login["phase"] == "failed" and "No such file" in login["error"]
+
+
 def test_a_sign_in_has_a_time_limit(folder: Path) -> None:
     harness = Harness(folder)
     harness.env["HYPERHIVE_LOGIN_S"] = "0.5"
@@ -518,7 +525,7 @@ def test_a_sign_in_that_comes_to_nothing(harness: Harness, how: str) -> None:
 
 def test_sigterm_in_a_turn_gives_the_mail_back_and_leaves_no_process(harness: Harness) -> None:
     message = harness.host.put(rehearse({"tool": "Bash", "input": {"command": "sleep 300"}}))
-    wait_for(lambda: [one for one in processes_of(harness.folder) if one.name() == "sleep"], "the tool")
+    wait_for(lambda: processes_of(harness.folder, "sleep"), "the tool")
     assert harness.stop() == 0
     entry = harness.host.mail[message]
     assert entry["state"] == "queued" and entry["blamed"] == 0
@@ -821,10 +828,9 @@ def test_alice_works_asks_and_reports(harness: Harness) -> None:
 
 def test_what_claude_left_in_the_background_ends_with_it(harness: Harness) -> None:
     harness.turn({"tool": "Bash", "input": {"command": "sleep 300 > /dev/null 2>&1 & echo left"}})
-    sleeping = [one for one in processes_of(harness.folder) if one.name() == "sleep"]
-    assert len(sleeping) == 1
+    (sleeping,) = processes_of(harness.folder, "sleep")
     harness.stop()
-    assert not is_alive(sleeping[0])
+    assert not is_alive(sleeping)
 
 
 def test_a_harness_that_was_killed_finds_its_claude_again(harness: Harness) -> None:
@@ -839,4 +845,4 @@ def test_a_harness_that_was_killed_finds_its_claude_again(harness: Harness) -> N
     host.wait_acked(message)
     host.wait_text("second time")
     wait_for(lambda: not psutil.pid_exists(claude), "the end of the first Claude")
-    assert not [one for one in processes_of(harness.folder) if one.name() == "sleep"]
+    assert not processes_of(harness.folder, "sleep")
