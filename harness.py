@@ -3574,12 +3574,12 @@ def run_tool_server(config: Config) -> int:
 
 
 def adopt_environment(pid: int) -> None:
-    """What the service was given and a login shell was not: a person's Claude must find the same."""
+    """A person's Claude must find what the service's does; of the terminal, the service has nothing to say."""
     with contextlib.suppress(OSError):
         for pair in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             name, _, value = os.fsdecode(pair).partition("=")
             if name:
-                os.environ.setdefault(name, value)
+                os.environ[name] = value
 
 
 def run_interactive(config: Config) -> int:

@@ -3462,7 +3462,7 @@ class NixosContainers:
         write_atomically(trial.folder / "flake.nix", flake)
         if trial.update:
             self._try(trial, say, stop, "nix", "flake", "update")
-        self._try(trial, say, stop, "nix", "eval", "--raw", f"{trial.folder}#{TOPLEVEL}.drvPath")
+        self._try(trial, say, stop, "nix", "eval", "--show-trace", "--raw", f"{trial.folder}#{TOPLEVEL}.drvPath")
 
     def try_build(self, trial: Trial, say: Say, stop: threading.Event) -> list[str]:
         result, runs = trial.folder / "result", self._config.profiles_dir / f"h-{trial.name}" / "system"
@@ -3579,7 +3579,9 @@ class NixosContainers:
         return text, cursor
 
     def command(self, name: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
-        return ["nixos-container", "run", f"h-{name}", "--", "hyperhive-harness", *arguments], {}
+        """A unit of the container. `nixos-container run` would keep the host's root, outside of the agent's limits."""
+        unit = ["systemd-run", f"--machine=h-{name}", "--pty", "--pipe", "--wait", "--collect", "--quiet"]
+        return [*unit, "/run/current-system/sw/bin/hyperhive-harness", *arguments], {}
 
     def leave(self) -> None:
         """Containers are systemd's: they run on, and their harnesses wait for the next daemon."""
@@ -4316,6 +4318,26 @@ def package_changes(lines: Iterable[str]) -> list[Json]:
     return found
 
 
+def what_nix_says(lines: Iterable[str], paths: Collection[str]) -> Json:
+    """Its first error, and where in these files that is: {error?, at?: {path, line}}.
+
+    Places stand before the error or, from older versions of Nix, behind it, and most are in nixpkgs: of those in
+    these files the nearest counts.
+    """
+    plain = [ANSI.sub("", line) for line in lines]
+    errors = [(number, match["words"]) for number, line in enumerate(plain) if (match := ERROR_WORDS.fullmatch(line))]
+    if not errors:
+        return {}
+    begin, words = errors[0]
+    found = [(number, match) for number, line in enumerate(plain) if (match := ERROR_PLACE.search(line))]
+    places = [(abs(number - begin), match) for number, match in found if match["path"] in paths]
+    said: Json = {"error": STORE_PATH.sub("", words)}
+    if places:
+        _, place = min(places, key=lambda place: place[0])
+        said["at"] = {"path": place["path"], "line": int(place["line"])}
+    return said
+
+
 class Prechecks:
     def __init__(
         self, config: Config, store: Store, repositories: Repositories, deploys: Deploys, agents: Agents
@@ -4402,7 +4424,7 @@ class Prechecks:
             if time.monotonic() >= deadline:
                 limit_s = self._config.precheck_timeout_s
                 return verdict | {"state": "timed_out", "error": f"it did not end within {limit_s:g} s"}
-            return verdict | {"state": "failed", "error": str(error)} | self._what_nix_says(row, paths)
+            return verdict | {"state": "failed", "error": str(error)} | what_nix_says(self.log(row["id"]), paths)
         return verdict | {"state": "ok"}
 
     def _stages(self, row: sqlite3.Row, trial: Trial) -> Iterator[Json]:
@@ -4429,17 +4451,6 @@ class Prechecks:
         if repository == self._config.repository(name):
             self._repositories.hold(name, sha)
         return Trial(folder, name, repository, sha, self._deploys.pins_of(name), row["kind"] == Kind.INPUTS, deadline)
-
-    def _what_nix_says(self, row: sqlite3.Row, paths: Collection[str]) -> Json:
-        """Its first error, and the innermost place in these files that it names: others are nixpkgs' and ours."""
-        lines = [ANSI.sub("", line) for line in self.log(row["id"])]
-        said: Json = {}
-        for line in lines:
-            if words := ERROR_WORDS.fullmatch(line):
-                said.setdefault("error", STORE_PATH.sub("", words["words"]))
-            if (place := ERROR_PLACE.search(line)) and place["path"] in paths:
-                said["at"] = {"path": place["path"], "line": int(place["line"])}
-        return said
 
     def log(self, approval: int) -> list[str]:
         rows = self._store.rows("SELECT line FROM precheck_log WHERE approval = ? ORDER BY n", approval)

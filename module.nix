@@ -19,7 +19,6 @@ let
     mkIf
     mkMerge
     mkOption
-    optionalString
     types
     ;
 
@@ -305,10 +304,12 @@ let
         CLAUDE_CONFIG_DIR = "/root/.claude";
         LANG = "C.UTF-8";
         ANTHROPIC_MODEL = harness.model;
-        HYPERHIVE_CLAUDE =
-          getExe pkgs.claude-code
-          + optionalString (harness.mcpServers != { })
-            " --mcp-config=${json.generate "mcp.json" { inherit (harness) mcpServers; }}";
+        HYPERHIVE_CLAUDE = getExe pkgs.claude-code;
+        HYPERHIVE_MCP_SERVERS =
+          if harness.mcpServers == { } then
+            null
+          else
+            json.generate "mcp.json" { inherit (harness) mcpServers; };
       };
       serviceConfig = {
         ExecStart = "${cfg.package}/bin/hyperhive-harness run";

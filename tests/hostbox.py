@@ -16,8 +16,11 @@ and the start script of containers are those of tests/fakes, here with a real sy
 
 import fcntl
 import hashlib
+import json
 import os
+import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -273,9 +276,13 @@ class Box:
         return self._run(argv).returncode == 0
 
     def _run(self, argv: tuple[str, ...], stdin: str = "") -> subprocess.CompletedProcess[str]:
-        enter = ["nsenter", "--target", str(self.leader), "--all", "--wdns=/", "--", "env", "-i"]
-        enter += ["PATH=/run/current-system/sw/bin:/usr/sbin:/usr/bin", "HOME=/root", "LC_ALL=C.UTF-8"]
-        return subprocess.run([*enter, *argv], input=stdin, capture_output=True, text=True, timeout=60)
+        return subprocess.run(self.entering(*argv), input=stdin, capture_output=True, text=True, timeout=60)
+
+    def entering(self, *argv: str) -> list[str]:
+        """The command, so that it runs in the box."""
+        enter = ["nsenter", "--target", str(self.leader), "--all", "--wdns=/root", "--", "env", "-i"]
+        enter += ["PATH=/run/current-system/sw/bin:/usr/sbin:/usr/bin", "HOME=/root", "LC_ALL=C.UTF-8", "TERM=xterm"]
+        return [*enter, *argv]
 
     def wait_for(self, look: Any, what: str, *, timeout_s: float = 20) -> Any:
         """As `hive.wait_for`, and what the box has to say when it is in vain."""
@@ -320,6 +327,67 @@ class Box:
     def ask(self, **request: Any) -> dict[str, Any]:
         with Line(self.path("/run/hyperhive/host.sock")) as line:
             return line.ask(**request)
+
+    def read(self, path: str) -> Any:
+        """What the dashboard answers to a GET."""
+        token = (self.root / "var/lib/hyperhive/operator.token").read_text().strip()
+        bearer = f"Authorization: Bearer {token}"
+        return json.loads(self.run("curl", "--silent", "--fail", "--header", bearer, f"http://127.0.0.1:7000{path}"))
+
+
+def commands(below: int) -> dict[psutil.Process, str]:
+    """What runs below a process, with its command line."""
+    found = {}
+    for process in psutil.Process(below).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found[process] = shlex.join(process.cmdline())
+    return found
+
+
+class Terminal:
+    """A terminal, and a command of the box that a person runs at it."""
+
+    def __init__(self, box: Box, *argv: str) -> None:
+        self._box = box
+        self._end, other = pty.openpty()
+        try:
+            command = ["setsid", "--ctty", *box.entering(*argv)]
+            self.command = subprocess.Popen(command, stdin=other, stdout=other, stderr=other)
+        finally:
+            os.close(other)
+        os.set_blocking(self._end, False)
+        self._shown = ""
+
+    def wait_for(self, words: str) -> str:
+        """All that was shown, once these words are in it."""
+
+        def look() -> bool:
+            with suppress(BlockingIOError):
+                self._shown += os.read(self._end, 65536).decode(errors="replace")
+            return words in self._shown
+
+        self._box.wait_for(look, f"{words!r} on the terminal")
+        return self._shown
+
+    def type(self, text: str) -> None:
+        os.write(self._end, text.encode())
+
+    def hang_up(self) -> None:
+        if self._end >= 0:
+            os.close(self._end)
+            self._end = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whoever is left without a terminal ends; if not, it is ended."""
+        self.hang_up()
+        processes = [psutil.Process(self.command.pid)] if self.command.poll() is None else []
+        for process in processes:
+            processes += process.children(recursive=True)
+        end(processes)
+        self.command.wait()
 
 
 def lay_out(root: Path) -> None:
@@ -372,9 +440,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with Box() as box:
         print("This is a box. It goes when you leave; `hyperhive list` is a beginning.", file=sys.stderr)
-        enter = ["nsenter", "--target", str(box.leader), "--all", "--wdns=/root", "--", "env", "-i"]
-        enter += ["PATH=/run/current-system/sw/bin:/usr/sbin:/usr/bin", "HOME=/root", "PS1=box# ", "TERM=xterm"]
-        return subprocess.run([*enter, "bash", "--norc"]).returncode
+        return subprocess.run(box.entering("env", "PS1=box# ", "bash", "--norc")).returncode
 
 
 if __name__ == "__main__":

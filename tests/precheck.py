@@ -36,7 +36,7 @@ class Case(NamedTuple):
     def check(self, found: dict[str, Any], log: str) -> None:
         assert found["state"] == self.state, (found, log)
         assert [stage for stage in ("evaluates", "builds") if stage in found] == [*self.stages]
-        assert self.at is None or found.get("at") == self.at, found
+        assert found.get("at") == self.at, (found, log)
         assert self.error in found.get("error", "") and self.log in log, (found, log)
         assert found["seconds"] > 0
 
@@ -54,7 +54,9 @@ CASES = {
     ),
     "does not build": DOES_NOT_BUILD,
     "reads a host file": Case(
-        line="networking.hostName = builtins.readFile /etc/shadow;", error="access to absolute path '/etc/shadow'"
+        line="networking.hostName = builtins.readFile /etc/shadow;",
+        at={"path": "agent.nix", "line": 3},
+        error="access to absolute path '/etc",
     ),
 }
 

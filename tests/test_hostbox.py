@@ -7,11 +7,15 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import precheck
+import psutil
 import pytest
-from hostbox import Box
+from hostbox import Box, Terminal, commands
+from precheck import builders, verdict
 
 pytestmark = [
     pytest.mark.needs("debootstrap", "systemd-nspawn", "nsenter"),
@@ -184,6 +188,41 @@ def test_a_spawn_that_was_asked_for_becomes_a_container(box: Box) -> None:
     assert not box.try_run("sh", "-c", "ls -d /run/systemd/system/*carol* /run/hyperhive/agents/carol")
 
 
+# ── before the decision ──
+
+
+def precheck_log(box: Box, approval: int) -> str:
+    return "\n".join(box.read(f"/api/approvals/{approval}/precheck")["log"])
+
+
+@pytest.mark.parametrize("case", precheck.CASES.values(), ids=precheck.CASES)
+def test_what_is_found_out_about_a_config_that_waits(box: Box, case: precheck.Case) -> None:
+    asked = proposal(box, "alice", case.config(built_by))
+    found = verdict(box, asked)
+    case.check(found, precheck_log(box, asked))
+    if case.at:
+        assert case.line in precheck.line_of(box.ask(cmd="show", id=asked)["approval"]["diff"], case.at)
+    if case.state == "ok":
+        sizes = {package["name"]: package["bytes"] for package in found["packages"]}
+        assert 2_900_000 < sizes["trial"] < 3_100_000, sizes
+    assert box.ask(cmd="deny", id=asked)["ok"]
+
+
+def test_a_pre_check_that_hangs_is_ended_by_the_daemon_of_nix_too(box: Box) -> None:
+    (settings,) = re.findall(r"HYPERHIVE_CONFIG=(\S+)", box.unit("hyperhive", "Environment")["Environment"])
+    (box.root / "etc/hasty.toml").write_text(f"precheck_timeout_s = 5.0\n{box.run('cat', settings)}")
+    box.drop_in("Environment=HYPERHIVE_CONFIG=/etc/hasty.toml")
+    box.run("systemctl", "restart", "hyperhive")
+    are_idle(box, *CREW)
+    asked = proposal(box, "alice", precheck.HANGS.config(built_by))
+    precheck.HANGS.check(verdict(box, asked), precheck_log(box, asked))
+    box.wait_for(lambda: not builders(), "the end of the build")
+    assert box.ask(cmd="deny", id=asked)["ok"]
+    box.drop_in("")
+    box.run("systemctl", "restart", "hyperhive")
+    are_idle(box, *CREW)
+
+
 # ── deploys ──
 
 
@@ -220,8 +259,12 @@ def test_two_deploys_at_once(box: Box) -> None:
 
 def test_what_was_shown_is_built_whatever_becomes_of_the_checkout(box: Box) -> None:
     approval = proposal(box, "bob", painted("grey"))
+    before = box.ask(cmd="show", id=approval)["approval"]
     commit(box, "bob", painted("black"))
     inside(box, "manager", "sh", "-euc", "cd /state/configs/bob && git branch --force hive/main main")
+    now = box.ask(cmd="show", id=approval)["approval"]
+    shown = ("fetched_sha", "base_sha", "commit_ref", "diff", "digest")
+    assert [now[field] for field in shown] == [before[field] for field in shown] and '"grey"' in now["diff"]
     deploy = ended(box, approved(box, approval))
     assert deploy["phase"] == "deployed"
     assert colour(box, "bob") == "grey"
@@ -241,6 +284,92 @@ def test_a_daemon_that_dies_in_the_middle_of_a_deploy_does_it_again(box: Box) ->
     assert ended(box, deploy)["phase"] == "deployed"
     assert colour(box, "bob") == "pink"
     are_idle(box, *CREW)
+
+
+# ── the keyboard ──
+
+# A Claude with a script for each side: the rehearsal for the harness, and for a person what ends as it is told to.
+CLAUDE = """\
+#!/bin/sh
+case "$*" in auth* | "-p "* | *" -p "*) exec hyperhive-harness rehearsal "$@" ;; esac
+[ -t 0 ] && [ -t 1 ] && echo "Claude at a terminal: $*"
+read -r status
+exit "$status"
+"""
+
+
+@pytest.fixture(scope="module")
+def alice(box: Box) -> str:
+    """She has had a turn, and so a session; its id."""
+    inside(box, "alice", "sh", "-c", "cat > /state/claude && chmod 755 /state/claude", stdin=CLAUDE)
+    harness = '{ environment.HYPERHIVE_CLAUDE = "/state/claude"; mcpServers.more.command = "/bin/more"; }'
+    asked = proposal(box, "alice", f"{{ services.hyperhive.harness = {harness}; }}\n")
+    assert ended(box, approved(box, asked))["phase"] == "deployed"
+    sent = box.ask(cmd="send", to="alice", body="hello")
+    box.wait_for(lambda: is_done(box, sent["id"]), "a turn")
+    return session(box)
+
+
+def session(box: Box) -> str:
+    known = json.loads((box.root / "var/lib/hyperhive/agents/alice/state/session.json").read_text())
+    return str(known["session"])
+
+
+def is_done(box: Box, message: int) -> bool:
+    messages = box.read("/api/messages?with=alice&max=1000")["messages"]
+    return any(one["id"] == message and one["state"] == "acked" for one in messages)
+
+
+def at_keyboard(box: Box) -> list[psutil.Process]:
+    """The Claudes that a person talks to."""
+    running = commands(box.leader).items()
+    return [process for process, line in running if "/bin/sh /state/claude" in line and " -p " not in line]
+
+
+def kill_the_command(terminal: Terminal) -> None:
+    running = commands(terminal.command.pid).items()
+    (command,) = [process for process, line in running if "-m hyperhive" in line]
+    command.kill()
+
+
+def restart_the_daemon(box: Box) -> None:
+    box.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "hyperhive")
+
+
+ENDS: dict[str, Callable[[Box, Terminal], object]] = {
+    "exit 0": lambda box, terminal: terminal.type("0\n"),
+    "exit 1": lambda box, terminal: terminal.type("1\n"),
+    "the terminal goes": lambda box, terminal: terminal.hang_up(),
+    "the command is killed": lambda box, terminal: kill_the_command(terminal),
+    "the daemon is killed": lambda box, terminal: restart_the_daemon(box),
+}
+
+
+@pytest.mark.parametrize("leave", ENDS.values(), ids=ENDS)
+def test_an_operator_takes_the_session_over_and_leaves_it(
+    box: Box, alice: str, leave: Callable[[Box, Terminal], object]
+) -> None:
+    with Terminal(box, "hyperhive", "attach", "alice") as terminal:
+        shown = terminal.wait_for(f"--resume={alice}")
+        assert "Claude at a terminal: " in shown and "--mcp-config=/state/hyperhive-mcp-attached.json" in shown
+        (claude,) = at_keyboard(box)
+        assert claude.uids().real >= 65536 and "/container@h-alice.service/" in group_of(claude)
+        servers = json.loads(inside(box, "alice", "cat", "/state/hyperhive-mcp-attached.json"))["mcpServers"]
+        assert servers.keys() == {"hive", "more"}
+        assert (row(box, "alice")["state"], row(box, "alice")["attached"]) == ("paused", True)
+        sent = box.ask(cmd="send", to="alice", body="are you there?")
+        time.sleep(1)
+        assert not is_done(box, sent["id"])
+        leave(box, terminal)
+        box.wait_for(lambda: box.try_run("hyperhive", "list") and is_done(box, sent["id"]), "the loop to go on")
+        box.wait_for(lambda: terminal.command.poll() is not None, "the end of the command")
+    box.wait_for(lambda: at_keyboard(box) == [], "the end of the Claude at the keyboard")
+    are_idle(box, *CREW)
+    assert "attached" not in row(box, "alice") and session(box) == alice
+
+
+def group_of(process: psutil.Process) -> str:
+    return Path(f"/proc/{process.pid}/cgroup").read_text()
 
 
 # ── the service ──

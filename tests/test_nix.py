@@ -251,12 +251,13 @@ def test_the_harness_unit(nix: Nix, folder: Path) -> None:
     assert unit.one("KillMode") == "mixed"
     environment = unit.environment
     assert environment.pop("PATH").startswith("/run/current-system/sw/bin:")
-    claude, mcp = environment.pop("HYPERHIVE_CLAUDE").split()
-    assert claude == "/opt/bin/claude-code" and re.fullmatch(r"--mcp-config=\S+/store/\S+-mcp\.json", mcp)
+    servers = unit.files[environment.pop("HYPERHIVE_MCP_SERVERS")]
+    assert json.loads(servers) == {"mcpServers": {"files": {"command": "/bin/files"}}}
     assert environment == {
         "ANTHROPIC_MODEL": "opus",
         "CLAUDE_CONFIG_DIR": "/root/.claude",
         "HOME": "/root",
+        "HYPERHIVE_CLAUDE": "/opt/bin/claude-code",
         "LANG": "C.UTF-8",
     }
     # As a shell reads it: of what it would expand in double quotes, systemd takes $ and ` as they are.
@@ -268,7 +269,7 @@ def test_the_harness_unit(nix: Nix, folder: Path) -> None:
 def test_without_settings_the_harness_has_none(nix: Nix) -> None:
     unit = nix.unit("{ }", service='"hyperhive-harness"', programs='{ claude-code = "/opt"; }')
     assert unit.environment["HYPERHIVE_CLAUDE"] == "/opt/bin/claude-code"
-    assert "ANTHROPIC_MODEL" not in unit.environment
+    assert {"ANTHROPIC_MODEL", "HYPERHIVE_MCP_SERVERS"}.isdisjoint(unit.environment)
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["25.11", "older"])

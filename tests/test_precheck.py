@@ -12,7 +12,7 @@ from hive import end, wait_for
 from nixos import NixosHive
 from precheck import builders, verdict
 
-from hyperhive import ERROR_PLACE, package_changes
+from hyperhive import package_changes, what_nix_says
 
 pytestmark = [
     pytest.mark.needs("git", "nix", "systemd-nspawn"),
@@ -35,10 +35,50 @@ def test_what_diff_closures_says_is_a_table() -> None:
     ]
 
 
+OLD_ERROR = """\
+error: \x1b[1maccess to absolute path '/etc/shadow' is forbidden\x1b[0m
+
+… while calling the 'readFile' builtin
+
+       at SOURCE/sub/agent.nix:12:3:
+
+… while evaluating the attribute 'config'
+
+       at SOURCE/agent.nix:2:1:
+"""
+NEW_ERROR = """\
+error:
+       … while evaluating the attribute 'config'
+         at SOURCE/agent.nix:2:1:
+            1| {
+       … while calling the 'readFile' builtin
+         at SOURCE/sub/agent.nix:12:3:
+       … while evaluating a branch condition
+         at /nix/store/h-source/lib/modules.nix:294:9:
+
+       error: access to absolute path '/etc/shadow' is forbidden
+"""
+
+
+@pytest.mark.parametrize("said", [OLD_ERROR, NEW_ERROR], ids=["old", "new"])
 @pytest.mark.parametrize("source", ["/nix/store/abc-source", "«git+file:///x?ref=r&rev=s»"])
-def test_the_place_of_an_error_is_found(source: str) -> None:
-    place = ERROR_PLACE.search(f"       at {source}/sub/agent.nix:12:3:")
-    assert place and (place["path"], place["line"]) == ("sub/agent.nix", "12")
+def test_the_place_of_an_error_is_found(source: str, said: str) -> None:
+    lines = said.replace("SOURCE", source).splitlines()
+    assert what_nix_says(lines, ["agent.nix", "sub/agent.nix"]) == {
+        "error": "access to absolute path '/etc/shadow' is forbidden",
+        "at": {"path": "sub/agent.nix", "line": 12},
+    }
+
+
+def test_of_a_failed_build_the_cause_is_told() -> None:
+    store = "/nix/store/0123456789abcdfghijklmnpqrsvwxyz-"
+    lines = [
+        "trial> error: something that the builder said",
+        f"error: builder for '{store}trial.drv' failed with exit code 7;",
+        f"error: 1 dependencies of derivation '{store}nixos-system-alice.drv' failed to build",
+    ]
+    assert what_nix_says(lines, ["agent.nix"]) == {"error": "builder for 'trial.drv' failed with exit code 7;"}
+    assert what_nix_says(["killed"], ["agent.nix"]) == {}
 
 
 
@@ -173,7 +213,7 @@ def test_it_ends_with_its_request(hive: NixosHive, who: str) -> None:
         with hive.agent("manager") as manager:
             assert manager.ask("cancel_request", id=asked)["ok"]
     wait_for(lambda: not builders(), "the end of the build")
-    assert list((hive.state / "tmp").glob("precheck-*")) == []
+    wait_for(lambda: not [*(hive.state / "tmp").glob("precheck-*")], "the end of its folder")
     after = hive.propose("alice", BIG)
     assert verdict(hive, after)["state"] == "ok", "it holds nobody up"
     deny(hive, after)

@@ -6,8 +6,9 @@ export PATH=/usr/bin
 
 system=$(dirname "$(readlink -f "$0")")
 ln -sfn "$system" /run/current-system
-printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n' > /etc/passwd
-printf 'root:x:0:\nnogroup:x:65534:\nsystemd-journal:x:101:\n' > /etc/group
+ln -sfn /run /var/run
+printf '%s:/:/bin/sh\n' root:x:0:0:root nobody:x:65534:65534:nobody messagebus:x:100:100:messagebus > /etc/passwd
+printf '%s:\n' root:x:0 nogroup:x:65534 messagebus:x:100 systemd-journal:x:101 > /etc/group
 
 units=/run/systemd/units-of-the-system
 mkdir -p $units
@@ -19,12 +20,12 @@ do
   ln -s /usr/lib/systemd/system/$unit.target $units
 done
 for unit in systemd-journald.service systemd-journald.socket systemd-journald-dev-log.socket \
-  systemd-exit.service systemd-halt.service systemd-poweroff.service systemd-reboot.service
+  dbus.service dbus.socket systemd-exit.service systemd-halt.service systemd-poweroff.service systemd-reboot.service
 do
   ln -s /usr/lib/systemd/system/$unit $units
 done
 mkdir $units/sockets.target.wants
-ln -s ../systemd-journald.socket ../systemd-journald-dev-log.socket $units/sockets.target.wants
+for unit in dbus systemd-journald systemd-journald-dev-log; do ln -s ../$unit.socket $units/sockets.target.wants; done
 ln -s multi-user.target $units/default.target
 
 SYSTEMD_UNIT_PATH=$units exec /usr/lib/systemd/systemd
