@@ -4868,7 +4868,8 @@ class Views:
             until = row.get("signed_in_until", soon)
             if until < soon and not row.get("signed_in_renews") and row["state"] != HarnessState.NEEDS_LOGIN:
                 text = f"{row['name']}'s sign-in ends at {until}: sign in again before that"
-                yield _worry("needs_login", row["name"], row["name"], text, rfc3339(now_ms())) | {
+                ends = datetime.datetime.fromisoformat(until).timestamp() * 1000
+                yield _worry("needs_login", row["name"], row["name"], text, rfc3339(int(ends) - SIGN_IN_ENDS_MS)) | {
                     "key": f"sign_in_ends-{row['name']}"
                 }
 
