@@ -1749,6 +1749,25 @@ class Broker:
             tx.changed("agent", agent)
         return returned
 
+    def give_again(self, actor: Actor, message: int) -> None:
+        """Mail that was set aside gets its attempts anew: what made its turns fail may be mended."""
+
+        def work(tx: Tx) -> None:
+            row = tx.one("SELECT * FROM messages WHERE id = ?", message)
+            if row is None:
+                raise Refused("not_found", f"there is no message {message}")
+            if row["state"] != MessageState.DEAD:
+                raise Refused("conflict", f"message {message} was not set aside")
+            if not tx.one("SELECT 1 FROM agents WHERE name = ? AND NOT kept", row["recipient"]):
+                raise Refused("unknown_agent", f"there is no agent {row['recipient']!r} any more")
+            tx.execute("UPDATE messages SET state = 'queued', attempts = 0, resolved_at = NULL WHERE id = ?", message)
+            tx.audit(actor, "give_again", f"message {message}", f"for {row['recipient']}")
+            tx.changed("message", message)
+            tx.changed("agent", row["recipient"])
+            tx.touched.add(row["recipient"])
+
+        self.store.write(work)
+
     def _tell_dead(self, tx: Tx, row: sqlite3.Row, attempts: int) -> None:
         body = (
             f"Message {row['id']} from {row['sender']} to {row['recipient']} was given {attempts} times and its turn"
@@ -4877,9 +4896,9 @@ class Views:
         for row in self.inbox(OPERATOR, most=500, unread=True):
             kind = WORRIES.get(row.get("kind", "")) if row["from"] == SYSTEM else None
             if kind:
-                yield _worry(kind, row["id"], row["data"].get("agent"), row["body"], row["at"]) | {
-                    "key": f"message-{row['id']}"
-                }
+                yield _worry(kind, row["id"], row["data"].get("agent"), row["body"], row["at"]) | without_none(
+                    key=f"message-{row['id']}", message=row["data"].get("message")
+                )
 
     # -- the whole
 
@@ -6673,6 +6692,7 @@ class Routes:
             *(post(f"/api/agents/<name>/{action}", handler) for action, handler in self._actions().items()),
             post("/api/messages", self.send),
             post("/api/messages/read", self.read),
+            post("/api/messages/<number:int>/give_again", self.give_again),
             post("/api/files", self.attach, ("name",), takes="application/octet-stream"),
             post("/api/files/delete", self.delete_file),
             post("/api/questions/<number:int>/answer", self.answer),
@@ -6933,6 +6953,11 @@ class Routes:
         ids = f.items("ids", int, most=1000)
         f.done()
         return {"read": self._s.broker.mark_read(ids)}
+
+    def give_again(self, number: int) -> Json:
+        self._body().done()
+        self._s.broker.give_again(self._actor, number)
+        return {}
 
     def attach(self) -> Json:
         name = self._request.query.getunicode("name", "")

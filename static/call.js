@@ -128,6 +128,12 @@ function notice_card(row, props) {
 
 const notice_group = (row) => `notice:${row.key}`;
 
+/** Mail that was set aside begins its attempts anew, and the notice of it is seen. */
+async function give_again(row) {
+  await post(`/api/messages/${row.message}/give_again`);
+  await post("/api/messages/read", { ids: [row.id] });
+}
+
 /** A notice that came as a message goes when that is read; the others when what they tell of is over. */
 function notice_buttons(row, agent) {
   const lever = (label, action) =>
@@ -140,7 +146,8 @@ function notice_buttons(row, agent) {
       button(notice_group(row), "Seen", () => post("/api/messages/read", { ids: [row.id] }), {
         name: `Seen: ${row.text}`,
       }),
-    row.kind === "dead_letter" && h("a", { class: "button", href: "#/flow" }, "Look in Flow"),
+    row.message && button(notice_group(row), "Give it again", () => give_again(row), { kind: "main" }),
+    row.message && h("a", { class: "button", href: `#/flow/thread/${row.message}` }, `Look at #${row.message}`),
     agent && h("a", { class: "button", href: `#/agents/${agent.name}` }, `Open ${agent.name}`),
     agent && row.kind === "failed" && (agent.running ? lever("Restart", "restart") : lever("Start", "start")),
     agent && (row.kind === "failed" || row.kind === "rate_limited") && is_parked(agent) && lever("Resume", "resume"),

@@ -302,6 +302,9 @@ def test_after_five_attempts_mail_is_dead_and_the_operator_is_told(crew: Hive, a
     assert message(crew, number)["state"] == "dead"
     notice = next(row for row in told(crew, "dead_letter") if row["data"]["message"] == number)
     assert notice["data"]["agent"] == "bob" and "poison" in notice["body"]
+    again = [crew.api("POST", f"/api/messages/{of}/give_again", {}).status for of in (number, number, 10**9)]
+    assert again == [200, 409, 404]
+    assert [(row["id"], row["attempts"]) for row in lease(bob)] == [(number, 1)]
 
 
 def test_nobody_acknowledges_or_returns_for_another(crew: Hive, alice: Line, bob: Line) -> None:

@@ -154,6 +154,7 @@ def mail_of_each_kind(hive: Recorded, manager: Line, alice: Line, bob: Line) -> 
     bob.ask("send", to="bob", body="typed", via="page")
     for _ in range(5):  # given back too often
         bob.ask("nack", ids=[row["id"] for row in bob.ask("lease", max=1, wait_s=0)["messages"]])
+    hive.good(f"/api/messages/{first}/give_again")
     with hive.agent("alice") as other:
         other.ask("lease", max=1, wait_s=0)  # it hangs up: that message comes again
     wait_for(lambda: "redelivered" in str(alice.ask("lease", max=1, wait_s=0)), "a message to come again")

@@ -516,3 +516,20 @@ def test_on_a_phone_tabs_lie_at_the_bottom_and_state_unfolds(hive: Hive, open_ta
     tab.page.get_by_role("main").get_by_role("link", name="alice").click()
     tab.page.get_by_role("button", name="State", exact=True).click()
     expect(tab.page.get_by_role("button", name="Pause alice")).to_be_visible()
+
+
+def test_mail_that_was_set_aside_is_given_again(hive: Hive, tab: Tab) -> None:
+    hive.spawn("bob")
+    number = hive.ask(cmd="send", to="bob", body="The stone in the shoe.")["id"]
+    for attempt in range(1, 6):
+        with hive.agent("bob") as bob:
+            assert bob.ask("lease", wait_s=20)["messages"][0]["attempts"] == attempt
+    tab.go("call")
+    card = tab.page.locator("article.card").filter(has_text="The stone in the shoe.")
+    expect(card.get_by_role("link", name=f"Look at #{number}")).to_have_attribute("href", f"#/flow/thread/{number}")
+    card.get_by_role("button", name="Give it again").click()
+    expect(card).to_have_count(0)
+    with hive.agent("bob") as bob:
+        messages = bob.ask("lease", wait_s=20)["messages"]
+        assert [(row["id"], row["attempts"]) for row in messages] == [(number, 1)]
+        assert bob.ask("ack", ids=[number])["acked"] == 1
