@@ -429,12 +429,22 @@ SHA_PATTERN: Final = re.compile(r"[0-9a-f]{40}")
 NESTING_MAX: Final = 100
 YEARS: Final = range(1970, 9999)  # at either end of what Python counts, an offset leads out of it
 MISSING: Final[Any] = object()
+EXACT: Final = 2**53  # up to here every reader of JSON has the same whole numbers
+JSON_WORDS: Final[Mapping[type, str]] = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
 
 
 def check_name(value: object) -> str:
     """An agent's name, or `Refused` saying which rule it breaks."""
     if not isinstance(value, str):
-        raise Refused("bad_name", f"a name must be text, not {type(value).__name__}")
+        raise Refused("bad_name", f"a name must be text, not {JSON_WORDS[type(value)]}")
     shown = repr(value[:40])
     if len(value) > NAME_MAX:
         raise Refused("bad_name", f"the name {shown} is too long: at most {NAME_MAX} characters")
@@ -473,12 +483,14 @@ def parse_object(line: bytes | str, what: str = "the request") -> Json:
     That is: lone surrogates, NaN, 1e999, deep nesting, and a key that stands twice in one object.
     """
     try:
-        value = json.loads(line, parse_constant=_no_constant, object_pairs_hook=_object)
+        value = json.loads(
+            line, parse_constant=_no_constant, parse_float=_number, object_pairs_hook=_object_without_doubles
+        )
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError, UnicodeError) as error:
         raise Refused("bad_request", f"{what} is no JSON that we can read: {str(error)[:200]}") from None
     if not isinstance(value, dict):
-        raise Refused("bad_request", f"{what} must be a JSON object, not {type(value).__name__}")
+        raise Refused("bad_request", f"{what} must be a JSON object, not {JSON_WORDS[type(value)]}")
     if _is_deep(value):
         raise Refused("bad_request", f"{what} is nested more than {NESTING_MAX} levels deep")
     return value
@@ -499,7 +511,13 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Json:
+def _number(text: str) -> float:
+    """In JSON 1.0 and 1e3 are whole numbers, too."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) <= EXACT else value
+
+
+def _object_without_doubles(pairs: list[tuple[str, Any]]) -> Json:
     value = dict(pairs)
     if len(value) != len(pairs):
         raise ValueError("a key stands twice in one object")
@@ -514,11 +532,12 @@ class Fields:
     """Typed reading of one JSON object from outside.
 
     Each getter names the field in its error. `done()` refuses keys that no getter asked for; call it
-    before anything is changed. With `strict=False` unknown keys are ignored (newer clients).
+    before anything is changed. With `strict=False` unknown keys are ignored (newer clients), and so is null.
     """
 
     def __init__(self, data: Json, *, strict: bool = True) -> None:
-        self._data, self._strict = data, strict
+        self._data = data if strict else without_none(**data)
+        self._strict = strict
         self._asked: set[str] = {"cmd"}
 
     def done(self) -> None:
@@ -529,18 +548,18 @@ class Fields:
 
     def has(self, key: str) -> bool:
         self._asked.add(key)
-        return self._data.get(key) is not None
+        return key in self._data
 
     def _get(self, key: str, types: tuple[type, ...], word: str, default: Any) -> Any:
         self._asked.add(key)
-        value = self._data.get(key)
-        if value is None:
+        if key not in self._data:
             if default is MISSING:
                 raise Refused("bad_request", f"the field {key!r} is missing", f"it must be {word}")
             return default
+        value = self._data[key]
         # bool is an int in Python; in JSON it is not.
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise Refused("bad_request", f"the field {key!r} must be {word}, not {type(value).__name__}")
+            raise Refused("bad_request", f"the field {key!r} must be {word}, not {JSON_WORDS[type(value)]}")
         return value
 
     def text(self, key: str, *, max_bytes: int = 4096, default: Any = MISSING, blank: bool = False) -> str:
@@ -554,7 +573,7 @@ class Fields:
             raise Refused("bad_request", f"the field {key!r} is empty")
         return typing.cast(str, value)
 
-    def integer(self, key: str, *, least: int = 0, most: int = 2**53, default: Any = MISSING) -> int:
+    def integer(self, key: str, *, least: int = 0, most: int = EXACT, default: Any = MISSING) -> int:
         value = self._get(key, (int,), "a whole number", default)
         return typing.cast(int, value if value is default else self._in_range(key, value, least, most))
 
@@ -565,7 +584,8 @@ class Fields:
     @staticmethod
     def _in_range(key: str, value: Any, least: float, most: float) -> Any:
         if not least <= value <= most:
-            raise Refused("bad_request", f"the field {key!r} is {value}; it must be from {least:g} to {most:g}")
+            shown = str(value)[:40]
+            raise Refused("bad_request", f"the field {key!r} is {shown}; it must be from {least:g} to {most:g}")
         return value
 
     def flag(self, key: str, *, default: Any = False) -> bool:
@@ -582,10 +602,9 @@ class Fields:
             raise Refused("bad_request", f"the field {key!r} has {len(value)} entries; at most {most} are allowed")
         for entry in value:
             if not isinstance(entry, kind) or (isinstance(entry, bool) and kind is not bool):
-                raise Refused(
-                    "bad_request", f"each entry of {key!r} must be of type {kind.__name__}, not {type(entry).__name__}"
-                )
-            if isinstance(entry, int) and not -(2**53) <= entry <= 2**53:
+                words = f"must be {JSON_WORDS[kind]}, not {JSON_WORDS[type(entry)]}"
+                raise Refused("bad_request", f"each entry of {key!r} {words}")
+            if isinstance(entry, int) and not -EXACT <= entry <= EXACT:
                 raise Refused("bad_request", f"an entry of {key!r} is out of range")
         return typing.cast(list[Any], value)
 
@@ -6740,8 +6759,8 @@ class Routes:
         name = self._request.query.get(key)
         return None if name is None else check_name(name)
 
-    def _before(self) -> int | None:
-        return self._query("before", 0, 2**53) or None
+    def _before(self) -> int:
+        return self._query("before", EXACT, EXACT)
 
     def _body(self) -> Fields:
         raw = self._request.body.read(BODY_MAX + 1)
@@ -6780,7 +6799,7 @@ class Routes:
         which id, and whether there was a harness to ask. An event of the kind `history` ends it.
         """
         self._s.agents.known(check_name(name))
-        before, most = self._query("before", 2**53, 2**53), self._query("max", 300, 1000)
+        before, most = self._before(), self._query("max", 300, 1000)
         words = self._request.query.getunicode("find", "")
         if len(words) > FIND_MAX:
             raise Refused("too_large", f"the words to find may have at most {FIND_MAX} characters")

@@ -2,6 +2,8 @@
 
 import http.server
 import re
+import subprocess
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from typing import Any
 import contract
 import openapi_spec_validator
 import pytest
-from hive import Answer, Hive, Line, wait_for
+from hive import ROOT, Answer, Hive, Line, wait_for
 from test_approvals import CONFIG, Source, approve, proposed
 from test_dashboard import TABLE, Stream
 
@@ -287,3 +289,41 @@ def mistakes(hive: Recorded) -> None:
                 path = template.replace("{name}", name).replace("{number}", str(number))
                 for body in ({"surprise": 1}, {"name": 7}):
                     assert hive.api("POST", path, body, headers=headers).status in (400, 404, 409), path
+
+
+# ── fuzzing ──
+
+SEED = 2030
+# What a schema can't say: a name that stands twice, which characters are printable, how many bytes a text has.
+FUZZING = """
+[checks.negative_data_rejection]
+expected-statuses = [400, 401, 403, 404, 405, 409, 413, 415, 422, 431]
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", 401, 403, 404, 409, 413, 422, 429]
+[[operations]]
+include-path-regex = "/destroy$|/api/files$"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 400, 401, 403, 404, 409, 413]
+"""
+
+
+@pytest.mark.timeout(600)
+def test_under_fuzz_the_daemon_keeps_to_the_document(folder: Path) -> None:
+    """No 5xx, no answer but the documented ones, wrong data refused, no token 401, other methods 405."""
+    settings = folder / "schemathesis.toml"
+    settings.write_text(FUZZING)
+    limits = {"wrong_tokens_per_minute": 10**6, "messages_per_minute": 0}
+    with Hive(folder, limits=limits) as hive:
+        hive.spawn("manager", "alice", "bob")
+        with hive.agent("manager") as manager:
+            manager.ask("request_spawn", name="carol", description="helps", config=CONFIG)
+            manager.ask("ask", question="Which?")
+        command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(settings), "run"]
+        command += [str(ROOT / "static/openapi.json"), "--url", hive.url, "--exclude-path", "/api/stream"]
+        command += ["--header", f"Authorization: Bearer {hive.token}", "--warnings", "off", "--no-color"]
+        command += ["--max-examples", "5", "--seed", str(SEED)]
+        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert ran.returncode == 0, f"{ran.stdout[-20_000:]}{ran.stderr[-2000:]}"
+        assert "No issues found" in ran.stdout
+        assert hive.api("GET", "/api/state").status == 200
+        log = hive.log.read_text()
+        assert "Traceback" not in log and "ERROR" not in log
