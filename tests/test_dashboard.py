@@ -461,7 +461,9 @@ def test_questions(crew: Hive) -> None:
 
 def test_decisions(crew: Hive) -> None:
     with crew.agent("manager") as manager:
-        yes, no = (manager.ask("request_spawn", name=name, description="helps")["id"] for name in ("yes", "no"))
+        asked = [manager.ask("request_spawn", name=name, description="helps") for name in ("yes", "no")]
+    assert all(answer["ok"] for answer in asked), asked
+    yes, no = (answer["id"] for answer in asked)
     stale = crew.api("POST", f"/api/approvals/{yes}/approve", {"sha": "0" * 40})
     assert refused(stale, 409, "stale")
     stale = crew.api("POST", f"/api/approvals/{yes}/approve", {"digest": "0" * 16})
