@@ -31,7 +31,7 @@ demo: .venv/run ## a hive to try, in a folder of its own: no NixOS, no account, 
 test: system lint tests/node_modules/.package-lock.json ## everything: what it needs, the linters, the tests
 	@.venv/bin/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)  # they wait more than they compute
 
-bench: .venv/test tests/node_modules/.package-lock.json ## how long a message takes to reach a Claude
+bench: system .venv/test tests/node_modules/.package-lock.json ## how fast messages, pages and streams are
 	@.venv/bin/python tests/bench.py
 
 lint: .venv/test ## ruff and mypy

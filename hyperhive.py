@@ -4869,8 +4869,9 @@ class Views:
 
     # -- does anything need the operator?
 
-    def attention(self) -> list[Json]:
-        agents = self.agents()
+    def attention(self, agents: list[Json] | None = None) -> list[Json]:
+        """What waits for the operator; `agents` are the rows of all of them, if they were read already."""
+        agents = self.agents() if agents is None else agents
         found = [*self._waiting_requests(), *self._waiting_questions(), *self._troubled(agents)]
         found += [*self._ending_sign_ins(agents), *self._worries()]
         if not any(agent["manager"] for agent in agents):
@@ -4879,9 +4880,10 @@ class Views:
         return found
 
     def _waiting_requests(self) -> Iterator[Json]:
-        for row in reversed(self.approvals(Status.PENDING)):
+        told = "SELECT id, kind, agent, requested_by, requested_at FROM approvals WHERE status = ? ORDER BY id"
+        for row in self._store.rows(told, Status.PENDING):
             text = f"{row['requested_by']} asks: {row['kind'].replace('_', ' ')} {row['agent']}"
-            yield _worry("approval", row["id"], row["agent"], text, row["requested_at"])
+            yield _worry("approval", row["id"], row["agent"], text, rfc3339(row["requested_at"]))
 
     def _waiting_questions(self) -> Iterator[Json]:
         for row in reversed(self.questions(status=QuestionStatus.OPEN, who=OPERATOR)):
@@ -4939,7 +4941,7 @@ class Views:
             "messages": self.messages(),
             "deploys": self.deploys(most=20),
             "usage": without_none(today_usd=self.spent_today(), budget_usd=self._config.hive_daily_budget_usd or None),
-            "attention": self.attention(),
+            "attention": self.attention(agents),
             "paused_all": bool(agents) and all(agent["paused"] for agent in agents),
         }
 

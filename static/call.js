@@ -207,6 +207,17 @@ function card(row) {
   return notice_card(row, props);
 }
 
+// What fills a screen is drawn first and seen at once; the rest comes with the next frame.
+const FIRST = 8;
+let begun = false;
+
+function first_screen(rows) {
+  if (begun || rows.length <= FIRST) return rows;
+  begun = true;
+  changed();
+  return rows.slice(0, FIRST);
+}
+
 const oldest = (rows) => rows.map((row) => row.since).sort()[0];
 
 export function call_view() {
@@ -225,7 +236,7 @@ export function call_view() {
       "div",
       { class: "cards" },
       rows.length
-        ? rows.map(card)
+        ? first_screen(rows).map(card)
         : panel(
             null,
             empty("All requests are decided and all questions answered. What comes next appears here by itself."),

@@ -19,12 +19,28 @@ export function detail(id, digest) {
   return details.get(id);
 }
 
-async function load(id, digest) {
-  try {
-    show_detail((await get(`/api/approvals/${id}`)).approval, digest);
-  } catch (error) {
-    details.set(id, { asked: digest, error });
+// A few at a time: a hundred at once would hold up what a person presses meanwhile.
+const AT_ONCE = 3;
+const wanted = [];
+let loading = 0;
+
+function load(id, digest) {
+  wanted.push([id, digest]);
+  if (loading < AT_ONCE) load_next();
+}
+
+async function load_next() {
+  loading += 1;
+  while (wanted.length) {
+    const [id, digest] = wanted.shift();
+    try {
+      show_detail((await get(`/api/approvals/${id}`)).approval, digest);
+    } catch (error) {
+      details.set(id, { asked: digest, error });
+    }
+    if (wanted.length % 8 === 0) changed(); // many answers, one drawing
   }
+  loading -= 1;
   changed();
 }
 

@@ -81,8 +81,8 @@ export function address(url) {
 
 // ── Figures ──────────────────────────────────────────────────────────────────────────────────────
 
-const grouped = new Intl.NumberFormat("en-US");
-export const count = (number) => grouped.format(number ?? 0);
+// By hand: the browser's own formatters take longer to set up than this page to be drawn.
+export const count = (number) => String(number ?? 0).replace(/\B(?=(\d{3})+$)/g, ",");
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
 export const dollars = (usd) => `$${(usd ?? 0).toFixed(usd > 0 && usd < 0.01 ? 4 : 2)}`;
 export const short_sha = (sha) => (sha ?? "").slice(0, 7);
@@ -118,13 +118,16 @@ export function duration(ms) {
   return ms < 10000 ? `${(ms / 1000).toFixed(1)} s` : span(ms);
 }
 
-const day_of = (date) => date.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+const MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+const day_of = (date) => `${date.getDate()} ${MONTHS[date.getMonth()]}`;
+const time_of = (date, ...more) =>
+  [date.getHours(), date.getMinutes(), ...more].map((number) => String(number).padStart(2, "0")).join(":");
 
 /** "18:04", or "21 Nov 18:04" when it was another day. */
 export function clock(at, seconds = false) {
   const date = new Date(at);
   if (Number.isNaN(date.getTime())) return "";
-  const time = date.toLocaleTimeString("en-GB", seconds ? {} : { hour: "2-digit", minute: "2-digit" });
+  const time = seconds ? time_of(date, date.getSeconds()) : time_of(date);
   return date.toDateString() === new Date(hive_now()).toDateString() ? time : `${day_of(date)} ${time}`;
 }
 
@@ -152,7 +155,8 @@ class TimeAgo extends HTMLElement {
     if (Number.isNaN(at)) return;
     const words = WORDINGS[this.getAttribute("wording") ?? "ago"](hive_now() - at);
     if (this.textContent !== words) this.textContent = words;
-    const exact = new Date(at).toLocaleString("en-GB");
+    const date = new Date(at);
+    const exact = `${day_of(date)} ${date.getFullYear()}, ${time_of(date, date.getSeconds())}`;
     if (this.title !== exact) this.title = exact;
   }
 }

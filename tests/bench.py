@@ -1,7 +1,8 @@
-"""How long a message takes to reach a Claude: `make bench`. A table for people; it asserts nothing about times.
+"""`make bench`: how long a message takes to reach a Claude, and how the pages are when there is a lot (benchpage.py).
 
-Numbers of one machine say little about another, so each stands beside a reference that was measured in the same run:
-a bare round trip over a unix socket, and a bare start of Python.
+A table for people; it asserts nothing about times. Numbers of one machine say little about another, so each stands
+beside a reference that was measured in the same run: a bare round trip over a unix socket, a bare start of Python,
+a browser that opens one line. A machine that is busy with other things makes all of them worse.
 """
 
 import os
@@ -18,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import benchpage
+from browserbox import CHROMIUM
 from conftest import CLAUDE
 from fakes.messages_api import Api
 from hive import Hive, wait_for
@@ -39,28 +42,29 @@ for line in sys.stdin:
 
 
 def main() -> None:
-    rows = [("", "p50", "p99", "")]
+    line("", "median", "p99", "aim", "")
     trip, start = round_trips(500), python_starts(12)
-    rows += [row("a round trip over a unix socket", trip, None), row("a start of Python", start, None)]
+    tell("a round trip over a unix socket", trip)
+    tell("a start of Python", start)
     with tempfile.TemporaryDirectory(prefix="hh-", dir="/tmp") as place:
         os.environ["HYPERHIVE_TEST_MARK"] = place
-        rows.append(row("message → line to a warm Claude", stand_in(Path(place) / "a", WARM, warm_s=60), trip))
-        rows.append(row("message → line to a cold one", stand_in(Path(place) / "b", COLD, warm_s=0.05), start))
+        tell("message → line to a warm Claude", stand_in(Path(place) / "a", WARM, warm_s=60), trip)
+        tell("message → line to a cold one", stand_in(Path(place) / "b", COLD, warm_s=0.05), start)
         if CLAUDE.exists():
-            rows.append(
-                row("message → request of a warm real one", real(Path(place) / "c", WARM_REAL, warm_s=60), trip)
-            )
-            rows.append(
-                row("message → request of a cold real one", real(Path(place) / "d", COLD_REAL, warm_s=0.05), start)
-            )
-    for cells in rows:
-        print("{:38} {:>9} {:>9}   {}".format(*cells))
+            tell("message → request of a warm real one", real(Path(place) / "c", WARM_REAL, warm_s=60), trip)
+            tell("message → request of a cold real one", real(Path(place) / "d", COLD_REAL, warm_s=0.05), start)
+        if CHROMIUM:
+            benchpage.figures(Path(place) / "e", tell, line)
 
 
-def row(what: str, seconds: list[float], reference: list[float] | None) -> tuple[str, str, str, str]:
+def tell(what: str, seconds: list[float], reference: list[float] | None = None, aim_s: float | None = None) -> None:
     p50, p99 = statistics.median(seconds), sorted(seconds)[int(len(seconds) * 0.99)]
     ratio = f"{p50 / statistics.median(reference):.1f} times its reference" if reference else "(reference)"
-    return what, f"{p50 * 1000:.2f} ms", f"{p99 * 1000:.2f} ms", ratio
+    line(what, f"{p50 * 1000:.2f} ms", f"{p99 * 1000:.2f} ms", f"{aim_s * 1000:.0f} ms" if aim_s else "", ratio)
+
+
+def line(*cells: str) -> None:
+    print("{:46} {:>11} {:>11} {:>9}   {}".format(*cells), flush=True)
 
 
 # ── references ──

@@ -90,6 +90,17 @@ def tab(team: Hive, open_tab: Callable[..., Tab]) -> Tab:
     return open_tab(f"{team.url}/#token={team.token}")
 
 
+@pytest.mark.parametrize(("page", "first"), [("index.html", "app.js"), ("agent.html", "agentpage.js")])
+def test_a_page_names_all_its_modules_at_once(page: str, first: str) -> None:
+    """So the browser asks for them together, and not for one after it has read the other."""
+    needed, left = set[str](), [first]
+    while left:
+        needed.add(name := left.pop())
+        left += set(re.findall(r'from "\./(\w+\.js)"', (ROOT / "static" / name).read_text())) - needed
+    named = re.findall(r'"modulepreload" href="/static/(\w+\.js)"', (ROOT / "static" / page).read_text())
+    assert named == sorted(needed - {first})
+
+
 def test_who_talks_to_whom_is_drawn(tab: Tab) -> None:
     tab.go("flow")
     tab.page.get_by_role("button", name="Who talks to whom").click()
