@@ -1,6 +1,6 @@
 // A unified diff as git writes it, told apart into files and drawn in colour, each file foldable.
 //
-// Long ones stay light: lines lie in blocks that are laid out and coloured when they come near what is seen.
+// Long ones stay light: lines lie in blocks, which are laid out and coloured when they come near what is seen.
 // No line is cut or runs out of sight: it is wrapped.
 
 import { exact, h, visible } from "./dom.js";
@@ -9,7 +9,7 @@ import { changed } from "./store.js";
 import { colour_line } from "./nix.js";
 
 const LINES_OPEN = 400; // a longer file starts folded
-const BLOCK = 40;
+const BLOCK = 24;
 
 // ── Reading ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -78,37 +78,63 @@ function read_diff(text) {
 }
 
 // ── Lines ────────────────────────────────────────────────────────────────────────────────────────
-// <diff-block> holds its lines as one text, which the browser's search finds, until it comes near what is seen:
-// then each line gets its colour. The page's renderer need not know ten thousand lines one by one.
+// <diff-block> holds its lines as one text, which the browser's search finds and which measures what the coloured
+// lines will. Blocks near what is seen are coloured, one a frame, so that scrolling stays smooth; those that have gone
+// by before their turn stay as they are.
+
+const near = new Set();
+let next_frame = 0;
 
 const on_sight = new IntersectionObserver(
   (entries) => {
-    for (const { target, isIntersecting } of entries) if (isIntersecting) target.show();
+    for (const { target, isIntersecting } of entries) {
+      if (isIntersecting) near.add(target);
+      else near.delete(target);
+    }
+    next_frame ||= requestAnimationFrame(colour_one);
   },
   { rootMargin: "900px" },
 );
 
+function colour_one() {
+  const [block] = near;
+  block?.colour();
+  next_frame = near.size ? requestAnimationFrame(colour_one) : 0;
+}
+
 class DiffBlock extends HTMLElement {
   fill(given) {
     this.given = given;
-    this.style.setProperty("--lines", given.lines.length);
-    this.textContent = given.lines.map(([, line]) => `${visible(line)}\n`).join("");
+    const { lines } = given;
+    this.style.setProperty("--lines", lines.length);
+    this.textContent = lines.map(([kind, line]) => `${plain_line(kind, visible(line))}\n`).join("");
+    if (lines.every(([kind]) => kind === lines[0][0])) this.className = lines[0][0];
   }
   connectedCallback() {
     if (this.given) on_sight.observe(this);
   }
   disconnectedCallback() {
-    on_sight.unobserve(this);
+    this.rest();
   }
-  show() {
+  rest() {
     on_sight.unobserve(this);
-    const { lines, split, nix, mark } = this.given;
+    near.delete(this);
+  }
+  colour() {
+    near.delete(this);
+    if (getSelection().type === "Range" && getSelection().containsNode(this, true)) return; // not while it is being copied
+    this.rest();
+    const { lines, begun, split, mark } = this.given;
     this.given = null;
-    const draw = line_drawer(nix, mark);
+    const draw = line_drawer(begun(), mark);
+    this.className = "coloured";
     this.replaceChildren(...(split ? split_rows(lines, draw) : lines.map((line) => draw(line))));
   }
 }
 customElements.define("diff-block", DiffBlock);
+
+const signed = (line) => `${line.slice(0, 1)} `;
+const plain_line = (kind, line) => (kind === "place" ? line : signed(line) + line.slice(1));
 
 function element(tag, name, ...children) {
   const dom = document.createElement(tag);
@@ -117,24 +143,42 @@ function element(tag, name, ...children) {
   return dom;
 }
 
-/** Draws one line after the other. Old and new are two texts: what was begun in one is not carried into the other. */
-function line_drawer(nix, mark) {
-  const begun = { old: "", new: "" };
-  const words = (text, side) => {
-    if (!nix) return [text];
-    const { parts, state } = colour_line(text, begun[side]);
-    begun[side] = state;
-    return parts.map(([word, part]) => (word ? element("span", `nix-${word}`, part) : part));
-  };
-  return ([kind, line, number], side = kind === "removed" ? "old" : "new") => {
-    if (kind === "place") {
-      Object.assign(begun, { old: "", new: "" });
-      return element("span", "place", `${visible(line)}\n`);
+/** The words of a line of Nix with their classes; `begun` is what earlier lines have begun, old and new each their own. */
+function nix_words([kind, line], begun, side = kind === "removed" ? "old" : "new") {
+  const { parts, state } = colour_line(visible(line.slice(1)), begun[side]);
+  begun[side] = state;
+  if (kind === "same" && side === "new") begun.old = begun.new;
+  return parts;
+}
+
+/** For each block what was begun before it, read no further than it is asked for. */
+function beginnings(blocks) {
+  const known = [{ old: "", new: "" }];
+  const after = (lines, begun) => {
+    for (const line of lines) {
+      if (line[0] === "place") begun = { old: "", new: "" };
+      else nix_words(line, begun);
     }
-    const marked = mark && side === "new" && number === mark.line;
-    const text = element("span", "text", ...words(visible(line.slice(1)), side));
-    if (kind === "same" && side === "new") begun.old = begun.new;
-    const dom = element("span", marked ? `${kind} marked` : kind, element("i", "sign", line.slice(0, 1)), text, "\n");
+    return begun;
+  };
+  return (index) => {
+    while (known.length <= index) known.push(after(blocks[known.length - 1], { ...known.at(-1) }));
+    return { ...known[index] };
+  };
+}
+
+/** Draws one line after the other, coloured unless `begun` is null. */
+function line_drawer(begun, mark) {
+  return (line, side) => {
+    const [kind, text, number] = line;
+    if (kind === "place") {
+      if (begun) begun = { old: "", new: "" };
+      return element("span", "place", `${visible(text)}\n`);
+    }
+    const parts = begun ? nix_words(line, begun, side) : [["", visible(text.slice(1))]];
+    const words = parts.map(([word, part]) => (word ? element("span", `nix-${word}`, part) : part));
+    const marked = mark && side !== "old" && kind !== "removed" && number === mark.line;
+    const dom = element("span", marked ? `${kind} marked` : kind, element("i", "sign", signed(text)), ...words, "\n");
     if (marked) dom.append(element("span", "mark-words", `↑ ${visible(mark.words)}\n`));
     return dom;
   };
@@ -163,21 +207,29 @@ function split_rows(lines, draw) {
   return rows;
 }
 
-/** `mark` = {line, words}: a line of the new file with what is said of it. */
-export function diff_lines(lines, { split = false, nix = false, mark = null } = {}) {
+/** Side by side, a run of changed lines is kept together as far as it goes. */
+function blocks_of(lines, split) {
   const blocks = [];
   for (let at = 0; at < lines.length;) {
     let end = Math.min(at + BLOCK, lines.length);
-    while (end < lines.length && lines[end][0] !== "same" && end - at < 4 * BLOCK) end += 1; // keep runs together
+    while (split && end < lines.length && lines[end][0] !== "same" && end - at < 8 * BLOCK) end += 1;
     blocks.push(lines.slice(at, end));
     at = end;
   }
+  return blocks;
+}
+
+/** `mark` = {line, words}: a line of the new file with what is said of it. */
+export function diff_lines(lines, { split = false, nix = false, mark = null } = {}) {
+  const blocks = blocks_of(lines, split);
+  const begun_before = beginnings(blocks);
   return h(
     "pre",
     { class: `diff ${split ? "split" : ""}`, tabindex: "0", key: `${split}:${mark?.line}` },
-    blocks.map((block, index) =>
-      h("diff-block", { key: index, made: (dom) => dom.fill({ lines: block, split, nix, mark }) }),
-    ),
+    blocks.map((block, index) => {
+      const begun = () => (nix ? begun_before(index) : null);
+      return h("diff-block", { key: index, made: (dom) => dom.fill({ lines: block, begun, split, mark }) });
+    }),
   );
 }
 

@@ -58,7 +58,7 @@ class Tab:
     def close(self) -> None:
         self.context.close()
         left = [text for text in self.complaints if not any(re.search(words, text) for words in self.expected)]
-        assert left == []
+        assert left == [], left
 
     def go(self, view: str) -> None:
         self.page.evaluate("view => { location.hash = `#/${view}`; }", view)
