@@ -2236,7 +2236,10 @@ class Repositories:
         """An empty repository; a no-op where there is one."""
         if self.exists(name):
             return
-        folder = self._config.repository(name)
+        self._create(self._config.repository(name))
+
+    @staticmethod
+    def _create(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         git("init", "--quiet", "--bare", "--initial-branch=main", "--template=", ".", cwd=folder)
 
@@ -2251,7 +2254,10 @@ class Repositories:
 
     def commit(self, name: str, change: Change) -> str:
         """A commit on top of `change.parent` with one file set to a text; no ref moves."""
-        folder, message = self._config.repository(name), f"{change.message}\n".encode()
+        return self._commit(self._config.repository(name), change)
+
+    def _commit(self, folder: Path, change: Change) -> str:
+        message = f"{change.message}\n".encode()
         blob = git("hash-object", "-w", "--stdin", cwd=folder, stdin=change.text.encode()).decode().strip()
         with tempfile.TemporaryDirectory(dir=self._config.scratch_dir, prefix="index-") as scratch:
             index = Path(scratch) / "index"
@@ -2264,12 +2270,9 @@ class Repositories:
 
     def trial(self, folder: Path, text: str) -> str:
         """A repository of its own with one config in it, for an agent that has none yet."""
-        folder.mkdir(mode=0o700)
-        git("init", "--quiet", "--bare", "--initial-branch=main", "--template=", ".", cwd=folder)
-        blob = git("hash-object", "-w", "--stdin", cwd=folder, stdin=text.encode()).decode().strip()
-        tree = git("mktree", cwd=folder, stdin=f"100644 blob {blob}\tagent.nix\n".encode()).decode().strip()
-        sha = git("commit-tree", tree, "-m", "A trial", cwd=folder).decode().strip()
-        git("update-ref", BUILD_REFS + sha, sha, cwd=folder)
+        self._create(folder)
+        sha = self._commit(folder, Change(None, text, "A trial"))
+        self._hold(folder, sha)
         return sha
 
     def paths(self, folder: Path, sha: str) -> list[str]:
@@ -2397,15 +2400,16 @@ class Repositories:
 
     def hold(self, name: str, sha: str) -> None:
         """Give a commit that is about to be built a name of its own."""
-        git("update-ref", BUILD_REFS + sha, sha, cwd=self._config.repository(name))
+        self._hold(self._config.repository(name), sha)
+
+    @staticmethod
+    def _hold(folder: Path, sha: str) -> None:
+        git("update-ref", BUILD_REFS + sha, sha, cwd=folder)
 
     def mark_deployed(self, name: str, sha: str, deploy: int) -> None:
         folder = self._config.repository(name)
         git("update-ref", "refs/heads/main", sha, cwd=folder)
         git("update-ref", f"refs/tags/deployed/{deploy}", sha, cwd=folder)
-
-    def remove(self, name: str) -> None:
-        remove_tree(self._config.repository(name))
 
 
 def agent_template() -> str:
@@ -2557,6 +2561,9 @@ def digest_of(row: sqlite3.Row) -> str:
     return hashlib.sha256(shown.encode()).hexdigest()[:16]
 
 
+BASED: Final = (Kind.APPLY, Kind.INPUTS)  # changes to what an agent runs
+
+
 @dataclasses.dataclass(frozen=True)
 class Decision:
     """An approval, with what the person saw: `sha` and `digest` guard a page that shows something older."""
@@ -2649,6 +2656,13 @@ class Approvals:
             "SELECT 1 FROM agents WHERE name = ? AND NOT kept", request.agent
         ):
             raise Refused("unknown_agent", f"there is no agent {request.agent!r}")
+        if request.kind in BASED and request.base_sha != self._base(tx, request.agent):
+            raise Refused("conflict", f"another config of {request.agent} was deployed meanwhile", "check it out again")
+
+    @staticmethod
+    def _base(tx: Tx, agent: str) -> Any:
+        """What a change would be made to; of all agents there is no one commit."""
+        return tx.value("SELECT deployed_sha FROM agents WHERE name = ?", agent)
 
     def approve(self, actor: Actor, approval: int, decision: Decision = Decision()) -> None:
         """Approve once; doing it again changes nothing."""
@@ -2659,6 +2673,8 @@ class Approvals:
                 return
             self._must_be_pending(row)
             decision.check(row)
+            if row["kind"] in BASED and row["base_sha"] not in (None, self._base(tx, row["agent"])):
+                raise Refused("stale", f"request {approval} was compared with what ran before", "look at it again")
             waits = decision.undo_s > 0 and row["kind"] != Kind.SCHEDULE
             self._resolve(tx, actor, row, Status.APPROVED, decision.note, quiet=waits)
             self._carry_out(tx, actor, row, now_ms() + int(decision.undo_s * 1000) if waits else None)
@@ -4140,11 +4156,9 @@ class Deploys:
             self._fail(row, str(error))
         else:
             self._repositories.mark_deployed(name, sha, row["id"])
-            try:  # before anybody hears of the deploy, so that nothing older can be approved after it
-                self._compare_again(name, sha)
-            except (Refused, OSError) as error:  # the deploy stands; only what is shown may be older
-                log.error("comparing what waits for %s again: %s", name, error)
+            self._compare_again(name, sha)  # before anybody hears of the deploy and looks at what is older
             self._store.write(lambda tx: self._succeed(tx, row, sha))
+            self._compare_again(name, sha, late=True)
             self._agents.look()
 
     def _build(self, row: sqlite3.Row) -> str:
@@ -4220,15 +4234,21 @@ class Deploys:
                 raise Refused("internal", f"{name} did not say hello within {self._config.hello_s:g} s")
             time.sleep(0.05)
 
-    def _compare_again(self, name: str, sha: str) -> None:
-        """What still waits for this agent is now a change to something else than was shown: show that."""
+    def _compare_again(self, name: str, sha: str, *, late: bool = False) -> None:
+        """What still waits for this agent is now a change to something else than was shown: show that.
+
+        `late` is what was asked for while the others were compared.
+        """
         waiting = "SELECT * FROM approvals WHERE agent = ? AND status = 'pending' AND kind IN (?, ?)"
-        for row in self._store.rows(waiting, name, Kind.APPLY, Kind.INPUTS):
-            wanted = row["fetched_sha"]
-            diff = self._repositories.diff(name, sha, wanted) if wanted else Diff()
-            request = Request(Kind(row["kind"]), name, sha=wanted, base_sha=sha, diff=diff)
-            with contextlib.suppress(Refused):  # decided meanwhile
+        for row in self._store.rows(waiting, name, *BASED):
+            if late and row["base_sha"] == sha:
+                continue
+            try:
+                diff = self._repositories.diff(name, sha, row["fetched_sha"]) if row["fetched_sha"] else Diff()
+                request = Request(Kind(row["kind"]), name, sha=row["fetched_sha"], base_sha=sha, diff=diff)
                 self._approvals.revise(SYSTEM_ACTOR, row["id"], request, None)
+            except (Refused, OSError) as error:  # decided meanwhile, or what is shown stays older and is refused
+                log.warning("request %d is not compared with what %s runs now: %s", row["id"], name, error)
 
     def _succeed(self, tx: Tx, row: sqlite3.Row, sha: str) -> None:
         name = row["agent"]

@@ -498,6 +498,38 @@ def test_a_proposal_stays_what_it_was(team: Hive, source: Source) -> None:
     assert {"-# first", "+# second"} <= set(show(team, other)["diff"].splitlines())
 
 
+def test_what_is_asked_for_while_another_config_is_deployed_is_compared_with_that(team: Hive, source: Source) -> None:
+    """Or it is refused; and nothing is approved that was compared with anything else."""
+    other, _ = proposed(team, source, {"agent.nix": b"# other\n"})
+    base = source.running(team)
+    commits = [source.commit(source.tree_of({"agent.nix": f"# {number}\n".encode()}), base) for number in range(15)]
+    requests = [{"agent": "alice", "sha": sha, "description": "x", "bundle": source.bundle(sha)} for sha in commits]
+    answers = []
+
+    def ask_later(number: int) -> None:
+        time.sleep(number / 15)
+        answers.append(ask(team, "request_apply_commit", **requests[number]))
+
+    assert team.ask(cmd="approve", id=other)["ok"]
+    at_once(len(requests), ask_later)
+    wait_for(lambda: is_over(team, other), "the deploy")
+    assert {answer.get("code") for answer in answers} <= {None, "conflict", "bad_config"}
+    filed, now = [answer["id"] for answer in answers if answer["ok"]], ref(team, "refs/heads/main")
+    wait_for(lambda: all(show(team, approval)["base_sha"] == now for approval in filed), "all to be compared again")
+    assert base != now and all("-# other" in show(team, approval)["diff"] for approval in filed)
+
+
+def test_what_was_compared_with_something_else_is_not_approved(folder: Path, source: Source) -> None:
+    with Hive(folder) as hive:
+        approval, _ = proposed(hive.spawn("manager", "alice"), source, {"agent.nix": b"# mine\n"})
+        hive.stop()
+        with closing(sqlite3.connect(hive.state / "hive.sqlite")) as database, database:
+            database.execute("UPDATE approvals SET base_sha = ? WHERE id = ?", ("0" * 40, approval))
+        hive.start()
+        assert hive.ask(cmd="approve", id=approval)["code"] == "stale"
+        assert show(hive, approval)["status"] == "pending"
+
+
 def fine(source: Source, **more: bytes) -> str:
     return source.commit(source.tree_of({"agent.nix": b"{ }\n", **more}))
 
