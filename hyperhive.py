@@ -6602,6 +6602,8 @@ class Guard:
         if not request.route.config["open"]:
             self._gate.check_token(header_of(request, "Authorization"), request.remote_addr or "")
             self._check_query(request.route.config["query"])
+        if header_of(request, "Transfer-Encoding"):  # of HTTP/1.1 waitress has taken it away
+            raise Refused("bad_request", "HTTP/1.0 knows no chunks")
         if request.method not in ("GET", "HEAD"):
             self._gate.check_origin(header_of(request, "Origin"), host)
             self._check_type(request.route.config["takes"])
@@ -7093,7 +7095,7 @@ def metrics_text(services: Services) -> str:
 def refuse_early(task: Any) -> None:
     """What waitress refuses before the application sees it (headers or a body too large, no HTTP), in our shape."""
     error = task.request.error
-    code = "too_large" if error.code in (413, 431) else "bad_request"
+    code = {413: "too_large", 431: "too_large", 500: "internal", 501: "unsupported"}.get(error.code, "bad_request")
     body = json.dumps(Refused(code, f"{error.reason}: {error.body}").as_json()).encode()
     headers = {**SECURITY_HEADERS, "Content-Type": "application/json", "Cache-Control": "no-store"}
     task.status = f"{error.code} {error.reason}"
@@ -7130,6 +7132,8 @@ class Dashboard:
 
         class Parser(HTTPRequestParser):  # type: ignore[misc]
             """Waitress keeps a body before the application sees its headers: a long one only from the operator."""
+
+            path = ""  # a request that is refused has none, but is asked for it when its client has gone
 
             def parse_header(self, header_plus: bytes) -> None:
                 super().parse_header(header_plus)

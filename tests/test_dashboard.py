@@ -286,16 +286,119 @@ def test_a_body_has_a_largest(crew: Hive) -> None:
         assert refused(answer, 413, "too_large")
 
 
-@pytest.mark.parametrize(
-    ("request_line", "status"),
-    [
-        ("GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + "x" * 20_000, 431),
-        ("GET /healthz HTTP/1.1\r\nno colon", 400),
-    ],
-    ids=["large headers", "no headers"],
-)
-def test_what_is_no_http_is_refused_in_the_same_shape(crew: Hive, request_line: str, status: int) -> None:
-    assert refused(raw(crew, f"{request_line}\r\n\r\n"), status, "too_large" if status == 431 else "bad_request")
+LINES = "Host: localhost\r\nConnection: close\r\n"
+POST = f"POST /api/messages HTTP/1.1\r\n{LINES}Authorization: Bearer TOKEN\r\nContent-Type: application/json\r\n"
+MAIL = '{"to":"alice","body":"x"}'
+CHUNKED = f"{POST}Transfer-Encoding: chunked\r\n\r\n"
+ODD_REQUESTS = {
+    "no HTTP": ("\0\xff\x16\x03\x01\r\n\r\n", 400),
+    "the preface of HTTP/2": ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 404),
+    "no version that there is": (f"GET /healthz HTTP/x\r\n{LINES}\r\n", 400),
+    "a method in lower case": (f"get /healthz HTTP/1.1\r\n{LINES}\r\n", 400),
+    "tabs": (f"GET\t/healthz\tHTTP/1.1\r\n{LINES}\r\n", 400),
+    "a method that nobody has": (f"BREW /healthz HTTP/1.1\r\n{LINES}\r\n", 405),
+    "OPTIONS": (f"OPTIONS /healthz HTTP/1.1\r\n{LINES}\r\n", 405),
+    "OPTIONS of all": (f"OPTIONS * HTTP/1.1\r\n{LINES}\r\n", 404),
+    "CONNECT": (f"CONNECT localhost:22 HTTP/1.1\r\n{LINES}\r\n", 404),
+    "TRACE": (f"TRACE /healthz HTTP/1.1\r\n{LINES}\r\n", 405),
+    "another address within": (f"GET http://evil.example/api/state HTTP/1.1\r\n{LINES}\r\n", 401),
+    "two slashes": (f"GET //api/state HTTP/1.1\r\n{LINES}\r\n", 401),
+    "two slashes within": (f"GET /api//state HTTP/1.1\r\n{LINES}\r\n", 404),
+    "a way up": (f"GET /api/../api/state HTTP/1.1\r\n{LINES}\r\n", 404),
+    "a way up, encoded": (f"GET /static/%2e%2e/api/state HTTP/1.1\r\n{LINES}\r\n", 404),
+    "a NUL": (f"GET /healthz\0 HTTP/1.1\r\n{LINES}\r\n", 404),
+    "a NUL, encoded": (f"GET /healthz%00 HTTP/1.1\r\n{LINES}\r\n", 404),
+    "half an encoding": (f"GET /healthz%zz HTTP/1.1\r\n{LINES}\r\n", 404),
+    "parameters of a path": (f"GET /healthz;x HTTP/1.1\r\n{LINES}\r\n", 404),
+    "no colon": ("GET /healthz HTTP/1.1\r\nno colon\r\n\r\n", 400),
+    "a space before the colon": (f"GET /healthz HTTP/1.1\r\nHost : localhost\r\n{LINES}\r\n", 400),
+    "a NUL in a header": (f"GET /healthz HTTP/1.1\r\n{LINES}X: a\0b\r\n\r\n", 400),
+    "a bare CR in a header": (f"GET /healthz HTTP/1.1\r\n{LINES}X: a\rb\r\n\r\n", 400),
+    "two hosts": (f"GET /healthz HTTP/1.1\r\n{LINES}Host: evil.example\r\n\r\n", 403),
+    "two tokens": (f"{POST}Authorization: Bearer x\r\nContent-Length: 2\r\n\r\n{{}}", 401),
+    "a long header": (f"GET /healthz HTTP/1.1\r\n{LINES}X: {'x' * 16_384}\r\n\r\n", 431),
+    "many headers": (f"GET /healthz HTTP/1.1\r\n{LINES}" + "X: y\r\n" * 4000 + "\r\n", 431),
+    "a negative length": (f"{POST}Content-Length: -1\r\n\r\n{MAIL}", 400),
+    "a length with a sign": (f"{POST}Content-Length: +{len(MAIL)}\r\n\r\n{MAIL}", 400),
+    "two lengths": (f"{POST}Content-Length: {len(MAIL)}\r\nContent-Length: 2\r\n\r\n{MAIL}", 400),
+    "a length that is too short": (f"{POST}Content-Length: 9\r\n\r\n{MAIL}", 400),
+    "a length beyond measure": (f"{POST}Content-Length: {'9' * 30}\r\n\r\n{MAIL}", 413),
+    "no length": (f"{POST}\r\n{MAIL}", 400),
+    "chunks": (f"{CHUNKED}{len(MAIL):x}\r\n{MAIL}\r\n0\r\n\r\n", 200),
+    "a chunk that is longer": (f"{CHUNKED}5\r\n{MAIL}\r\n0\r\n\r\n", 400),
+    "a chunk of no size": (f"{CHUNKED}zz\r\n{MAIL}\r\n0\r\n\r\n", 400),
+    "a chunk of negative size": (f"{CHUNKED}-1\r\n{MAIL}\r\n0\r\n\r\n", 400),
+    "chunks in HTTP/1.0": (CHUNKED.replace("1.1", "1.0") + f"{len(MAIL):x}\r\n{MAIL}\r\n0\r\n\r\n", 400),
+    "another encoding": (f"{POST}Transfer-Encoding: gzip\r\n\r\n{MAIL}", 501),
+    "two encodings": (f"{POST}Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n", 501),
+}
+UNFINISHED = {
+    "nothing": "",
+    "lines without an end": "GET /healthz HTTP/1.1\r\nHost: loc",
+    "bare LF": "GET /healthz HTTP/1.1\nHost: localhost\n\n",
+    "less than promised": f"{POST}Content-Length: 999\r\n\r\n{MAIL}",
+    "a chunk beyond measure": f"{CHUNKED}{'f' * 15}\r\n{MAIL}",
+    "a refusal that nobody waits for": "garbage\r\n\r\n",
+    "an answer that nobody waits for": f"GET / HTTP/1.1\r\n{LINES}\r\n",
+}
+
+
+def is_well(hive: Hive, before: int) -> bool:
+    """It answers, and its log has no more than it had."""
+    assert hive.api("GET", "/healthz", token=None).status == 200
+    log = hive.log.read_text()[before:]
+    return "Traceback" not in log and "ERROR" not in log
+
+
+@pytest.mark.parametrize(("request_", "status"), ODD_REQUESTS.values(), ids=ODD_REQUESTS)
+def test_odd_requests_are_refused_in_the_same_shape(crew: Hive, request_: str, status: int) -> None:
+    before = len(crew.log.read_text())
+    answer = raw(crew, request_.replace("TOKEN", crew.token).encode("latin-1"))
+    assert answer.status == status, answer
+    assert status == 200 or refused(answer, status, answer.body["code"])
+    assert is_well(crew, before)
+
+
+@pytest.mark.parametrize("request_", UNFINISHED.values(), ids=UNFINISHED)
+def test_clients_that_go_away_leave_no_trace(crew: Hive, request_: str) -> None:
+    before = len(crew.log.read_text())
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", crew.port), timeout=30) as peer:
+            peer.sendall(request_.replace("TOKEN", crew.token).encode("latin-1"))
+    assert is_well(crew, before)
+
+
+def test_requests_that_come_together_are_answered_in_order(crew: Hive) -> None:
+    asked = f"GET /healthz HTTP/1.1\r\n{LINES}\r\n".replace("Connection: close\r\n", "")
+    with socket.create_connection(("127.0.0.1", crew.port), timeout=30) as peer, peer.makefile("rb") as answers:
+        peer.sendall((asked * 3 + "garbage\r\n\r\n" + asked).encode())
+        found = answers.read()
+    assert re.findall(rb"HTTP/1\.. (\d+)", found) == [b"200"] * 3 + [b"400"]  # and then it hangs up
+
+
+def test_head_is_get_without_the_body(crew: Hive) -> None:
+    for path in ("/", "/healthz", "/api/state", "/api/agents/nobody"):
+        shown, head = crew.api("GET", path), crew.api("HEAD", path)
+        assert (head.status, head.body) == (shown.status, "") and has_headers(head)
+        assert head.headers.get_content_type() == shown.headers.get_content_type()
+    assert crew.api("HEAD", "/api/stream").status == 200  # it does not stay
+
+
+def test_clients_that_dawdle_keep_nobody_waiting(crew: Hive) -> None:
+    with ExitStack() as stack:
+        where = ("127.0.0.1", crew.port)
+        peers = [stack.enter_context(socket.create_connection(where, timeout=30)) for _ in range(100)]
+        for letter in f"GET /healthz HTTP/1.1\r\n{LINES}":
+            for peer in peers:
+                peer.sendall(letter.encode())
+            if letter == "\n":
+                assert crew.api("GET", "/api/state").status == 200
+        for peer in peers:
+            peer.sendall(b"\r\n")
+        for peer in peers:
+            with closing(http.client.HTTPResponse(peer)) as response:
+                response.begin()
+                assert response.status == 200
 
 
 # ── static files ──
