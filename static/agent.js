@@ -24,6 +24,7 @@ import {
 } from "./parts.js";
 import { agent_named, changed, on, state } from "./store.js";
 import { get, post, send_message } from "./api.js";
+import { composer } from "./composer.js";
 import { Transcript } from "./transcript.js";
 import { destroy_form, levers, sign_in_ends_soon, why_words } from "./agents.js";
 
@@ -77,7 +78,7 @@ export function signin(agent, base, ...words) {
   );
 }
 
-// ── Composer ─────────────────────────────────────────────────────────────────────────────────────
+// ── Writing to it ─────────────────────────────────────────────────────────────────────────────────
 
 const WHEN = {
   working: "It reaches the running turn.",
@@ -89,36 +90,19 @@ const WHEN = {
   rate_limited: "It waits for the limit.",
 };
 
-function composer(agent, { base, to }) {
-  const key = `to:${agent.name}`;
-  const group = `send:${agent.name}`;
-  const send = async () => {
-    const body = draft(key).trim();
-    if (!body) return;
-    await send_message(key, to ? { to, body } : { body });
-    if (draft(key).trim() === body) spend_draft(key);
-  };
-  return h(
-    "div",
-    { class: "composer" },
-    h(
-      "div",
-      { class: "decide" },
-      field(key, {
-        tag: "textarea",
-        rows: "2",
-        label: `Write to ${agent.name}`,
-        placeholder: `Write to ${agent.name}. ${WHEN[agent.state] ?? ""}`,
-        on_enter: () => act(group, "Send", send),
-      }),
-      button(`interrupt:${agent.name}`, "Interrupt", () => post(`${base}/interrupt`), {
-        disabled: agent.state !== "working",
-      }),
-      button(group, "Send", send, { kind: "main", name: `Send to ${agent.name}` }),
-    ),
-    refusal(group),
-    refusal(`interrupt:${agent.name}`),
-  );
+function write_to(agent, { base, to }) {
+  const { name, state: now } = agent;
+  const key = `to:${name}`;
+  return composer({
+    key,
+    label: `Write to ${name}`,
+    placeholder: `Write to ${name}. ${WHEN[now] ?? ""}`,
+    name: `Send to ${name}`,
+    send: (body) => send_message(key, to ? { to, body } : { body }),
+    files: Boolean(to),
+    beside: button(`interrupt:${name}`, "Interrupt", () => post(`${base}/interrupt`), { disabled: now !== "working" }),
+    below: refusal(`interrupt:${name}`),
+  });
 }
 
 // ── State ────────────────────────────────────────────────────────────────────────────────────────
@@ -289,7 +273,7 @@ export function agent_main(agent, transcript, where, crumbs) {
     reason_line(agent),
     sign_in_line(agent),
     wants_signin(agent) && panel({ class: "pad" }, signin(agent, where.base)),
-    panel({ class: "transcript-panel" }, transcript.draw(), composer(agent, where)),
+    panel({ class: "transcript-panel" }, transcript.draw(), write_to(agent, where)),
   ];
 }
 

@@ -54,6 +54,27 @@ export async function send_message(key, message) {
 const random_id = () =>
   Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
+/** Hands a file to the hive; `begun` is given a function that breaks it off. fetch could not tell how far it is. */
+export function upload(file, on_progress, begun) {
+  const request = new XMLHttpRequest();
+  const gone = new Refusal("The file could not be handed over.", { hint: "Try again when the hive is back." });
+  begun(() => request.abort());
+  return new Promise((resolve, reject) => {
+    request.upload.onprogress = ({ loaded }) => on_progress(loaded);
+    request.onerror = () => reject(gone);
+    request.onload = () => {
+      const { status, response } = request;
+      if (status === 200) return resolve(response);
+      reject(refusal({ status, headers: new Headers() }, response ?? {}));
+    };
+    request.open("POST", `/api/files?name=${encodeURIComponent(file.name)}`);
+    request.responseType = "json";
+    request.setRequestHeader("Authorization", `Bearer ${token}`);
+    request.setRequestHeader("Content-Type", "application/octet-stream");
+    request.send(file);
+  });
+}
+
 async function call(method, path, body) {
   const headers = { Authorization: `Bearer ${token}` };
   if (body !== undefined) headers["Content-Type"] = "application/json";

@@ -3,23 +3,21 @@
 import { h, memo } from "./dom.js";
 import { clock, prose, prose_preview, you_or } from "./text.js";
 import {
-  act,
   button,
   draft,
   empty,
-  field,
   fold,
   heading,
   panel,
   plain,
   refusal,
   set_draft,
-  spend_draft,
   toggle,
   toggled,
 } from "./parts.js";
 import { add_older_messages, is_new, state } from "./store.js";
 import { get, post, send_message } from "./api.js";
+import { composer } from "./composer.js";
 import { talk_graph } from "./graph.js";
 
 const who = you_or;
@@ -216,46 +214,34 @@ function compose(thread) {
   const to = names.includes(partner) ? partner : draft("flow:to") || (names.includes(filter()) && filter()) || names[0];
   const several = to === SEVERAL;
   const chosen = several ? toggled("flow:several", []).filter((name) => names.includes(name)) : [to];
-  const send = async () => {
-    const body = draft(key).trim();
-    if (!body || !to) return;
-    for (const name of chosen)
-      await send_message(`${key}:${name}`, { to: name, body, ...(name === partner && { in_reply_to: last.id }) });
-    if (draft(key).trim() === body) spend_draft(key);
-  };
-  return h(
-    "div",
-    { class: "composer" },
-    h(
-      "div",
-      { class: "decide" },
-      h(
-        "select",
-        {
-          key: `to:${names.join()}:${to}`,
-          class: "field to",
-          "aria-label": "To",
-          onchange: (event) => {
-            set_draft("flow:to", event.target.value);
-            toggle("flow:to", event.target.value);
-          },
-        },
-        names.map((name) => h("option", { value: name, selected: name === to }, `to ${name}`)),
-        names.length > 1 && h("option", { value: "*", selected: to === "*" }, "to all"),
-        names.length > 2 && h("option", { value: SEVERAL, selected: several }, "to several…"),
-      ),
-      field(key, {
-        tag: "textarea",
-        rows: "2",
-        label: to === partner ? `Reply to ${to}` : "Message",
-        placeholder: to === partner ? `Reply to ${to}` : `Write to ${NAMED[to] ?? to ?? "an agent, once there is one"}`,
-        on_enter: () => act("flow:send", "Send", send),
-      }),
-      button("flow:send", "Send", send, { kind: "main", disabled: !to || chosen.length === 0 }),
-    ),
-    several && choose_several(names, chosen),
-    refusal("flow:send"),
+  const recipients = h(
+    "select",
+    {
+      key: `to:${names.join()}:${to}`,
+      class: "field to",
+      "aria-label": "To",
+      onchange: (event) => {
+        set_draft("flow:to", event.target.value);
+        toggle("flow:to", event.target.value);
+      },
+    },
+    names.map((name) => h("option", { value: name, selected: name === to }, `to ${name}`)),
+    names.length > 1 && h("option", { value: "*", selected: to === "*" }, "to all"),
+    names.length > 2 && h("option", { value: SEVERAL, selected: several }, "to several…"),
   );
+  return composer({
+    key,
+    label: to === partner ? `Reply to ${to}` : "Message",
+    placeholder: to === partner ? `Reply to ${to}` : `Write to ${NAMED[to] ?? to ?? "an agent, once there is one"}`,
+    send: async (body) => {
+      for (const name of chosen)
+        await send_message(`${key}:${name}`, { to: name, body, ...(name === partner && { in_reply_to: last.id }) });
+    },
+    disabled: !to || chosen.length === 0,
+    files: true,
+    before: recipients,
+    below: several && choose_several(names, chosen),
+  });
 }
 
 function filter_field() {

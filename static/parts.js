@@ -74,6 +74,20 @@ export function plain(label, onclick, { kind = "", ...props } = {}) {
   return h("button", { type: "button", class: `button ${kind}`, onclick, ...props }, label);
 }
 
+/** A button for what can't be undone: the first press asks, and only the second, on what names it, acts. */
+export function asking_button(group, label, sure, work, { name } = {}) {
+  const asks = `ask:${group}`;
+  const press = (open) => () => toggle(asks, open);
+  if (!toggled(asks)) return plain(label, press(true), { kind: "small", "aria-label": name });
+  const act_once = () => work().finally(press(false));
+  return h(
+    "span",
+    { class: "buttons", role: "group", "aria-label": name },
+    plain("Keep", press(false), { kind: "small" }),
+    button(group, sure, act_once, { kind: "small danger" }),
+  );
+}
+
 export function refusal(group) {
   const error = running.get(group)?.error;
   if (!error) return null;

@@ -1,19 +1,27 @@
-// System: what runs here, what is scheduled, and who did what.
+// System: what runs here, what is scheduled and attached, and who did what.
 
 import { h } from "./dom.js";
-import { ago, clock, dollars, prose_preview, span, web_href } from "./text.js";
+import { clock, dollars, web_href } from "./text.js";
 import { button, empty, heading, panel, refusal } from "./parts.js";
 import { changed, state } from "./store.js";
 import { get, post } from "./api.js";
 import { notify_panel } from "./notify.js";
+import { files_panel, load_files } from "./files.js";
+import { load_schedules, schedules_panel } from "./schedules.js";
 
 const PAGE = 100;
-const known = { audit: null, schedules: null, error: null, at_start: false };
+const known = { audit: null, error: null, at_start: false };
 
-export async function load_system() {
+export function load_system() {
+  load_audit();
+  load_schedules();
+  load_files();
+}
+
+async function load_audit() {
   try {
-    const [{ audit }, { schedules }] = await Promise.all([get(`/api/audit?max=${PAGE}`), get("/api/schedules")]);
-    Object.assign(known, { audit: newest_first(audit), schedules, error: null, at_start: audit.length < PAGE });
+    const { audit } = await get(`/api/audit?max=${PAGE}`);
+    Object.assign(known, { audit: newest_first(audit), error: null, at_start: audit.length < PAGE });
   } catch (error) {
     known.error = error;
   }
@@ -51,26 +59,6 @@ function facts() {
       usage.budget_usd && fact("today", `${dollars(usage.today_usd)} of ${dollars(usage.budget_usd)} that all may spend`),
       hive.rehearsal && fact("Claude", "a rehearsal: scripted, no model is reached"),
     ),
-  );
-}
-
-function schedule_row(row) {
-  return h(
-    "div",
-    { class: "row line", key: row.id },
-    h("span", { class: "grow" }, h("strong", null, row.to), " ", prose_preview(row.body)),
-    h(
-      "span",
-      { class: "dim" },
-      row.every_s ? `every ${span(row.every_s * 1000)}` : "once",
-      " · next ",
-      ago(row.next ?? row.first, "until"),
-    ),
-    button(`schedule:${row.id}`, "Cancel", () => post(`/api/schedules/${row.id}/cancel`).then(load_system), {
-      kind: "small",
-      name: `Cancel schedule ${row.id}`,
-    }),
-    refusal(`schedule:${row.id}`),
   );
 }
 
@@ -112,12 +100,10 @@ export function system_view() {
     heading("System"),
     facts(),
     known.error && h("p", { class: "refusal", role: "alert" }, known.error.message),
-    known.schedules?.length > 0 && [
-      heading("Schedules", known.schedules.length),
-      panel(null, known.schedules.map(schedule_row)),
-    ],
+    schedules_panel(),
+    files_panel(),
     notify_panel(),
-    heading("Audit", known.audit && button("audit", "Look again", load_system, { kind: "quiet" })),
+    heading("Audit", known.audit && button("audit", "Look again", load_audit, { kind: "quiet" })),
     panel(
       null,
       !known.audit

@@ -97,6 +97,13 @@ export function thousands(number) {
   return `${(number / 1e6).toFixed(1)} M`;
 }
 
+/** 12300 → "12 KiB" */
+export function bytes(size) {
+  if (size < 1024) return plural(size, "byte");
+  if (size < 1024 ** 2) return `${Math.round(size / 1024)} KiB`;
+  return `${(size / 1024 ** 2).toFixed(1)} MiB`;
+}
+
 // ── Times ────────────────────────────────────────────────────────────────────────────────────────
 // Ages are told by the hive's clock, not the browser's.
 

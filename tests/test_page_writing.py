@@ -1,0 +1,159 @@
+"""Writing to agents in a real browser: files that go along, and messages that the hive writes later by itself."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import browserbox
+import pytest
+from browserbox import Tab, row_of, spawn
+from hive import Hive, wait_for
+from playwright.sync_api import Locator, expect
+
+browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
+
+PASTE = """(field, [name, type]) => {
+  const clipboardData = new DataTransfer();
+  clipboardData.items.add(new File(["a picture"], name, { type }));
+  field.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
+}"""
+DROP = """(composer) => {
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File(["one"], "one.txt"));
+  dataTransfer.items.add(new File(["two"], "two.txt"));
+  for (const kind of ["dragover", "drop"])
+    composer.dispatchEvent(new DragEvent(kind, { dataTransfer, bubbles: true, cancelable: true }));
+}"""
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[Hive]:
+    """One hive for the module: alice and bob are deployed and stopped, and a file may have 2,000 bytes."""
+    with (
+        tempfile.TemporaryDirectory(prefix="hh-", dir="/tmp") as place,
+        Hive(Path(place), limits={"attachment_bytes": 2000}) as hive,
+    ):
+        yield hive.spawn("alice", "bob")
+
+
+@pytest.fixture
+def tab(team: Hive, open_tab: Callable[..., Tab]) -> Tab:
+    return open_tab(f"{team.url}/#token={team.token}")
+
+
+def last_body(hive: Hive) -> str:
+    return str(hive.api("GET", "/api/messages").body["messages"][-1]["body"])
+
+
+def names_of_files(hive: Hive) -> set[str]:
+    return {row["name"] for row in hive.api("GET", "/api/files").body["files"]}
+
+
+def chips(tab: Tab) -> Locator:
+    return tab.page.get_by_role("list", name="Attached files").get_by_role("listitem")
+
+
+def test_files_go_along_with_a_message(team: Hive, tab: Tab, tmp_path: Path) -> None:
+    report = tmp_path / "quarterly report.md"
+    report.write_text("x" * 1536)
+    tab.go("flow")
+    tab.page.get_by_label("Message", exact=True).fill("Read this.")
+    with tab.page.expect_file_chooser() as chooser:
+        tab.page.get_by_role("button", name="Attach").click()
+    chooser.value.set_files(report)
+    expect(chips(tab)).to_contain_text("quarterly-report.md")
+    expect(chips(tab)).to_contain_text("2 KiB")
+    tab.page.get_by_label("Message", exact=True).evaluate(PASTE, ["image.png", "image/png"])
+    expect(chips(tab)).to_have_count(2)
+    tab.page.locator(".composer").evaluate(DROP)
+    expect(chips(tab)).to_have_count(4)
+    chips(tab).filter(has_text="one.txt").get_by_role("button", name="Remove one.txt").click()
+    expect(chips(tab)).to_have_count(3)
+    assert names_of_files(team) == {"quarterly-report.md", "image.png", "two.txt"}
+    tab.page.reload()  # what was handed over belongs to the draft
+    expect(chips(tab)).to_have_count(3)
+    tab.page.get_by_role("button", name="Send").click()
+    expect(chips(tab)).to_have_count(0)
+    folder = team.state / "operator"
+    lines = [("quarterly-report.md", "2 KiB"), ("image.png", "9 bytes"), ("two.txt", "3 bytes")]
+    wait_for(lambda: "Read this." in last_body(team), "the message")
+    body, *attached = last_body(team).splitlines()
+    assert (body, attached[1:]) == ("Read this.", [f"Attached: {folder / name} ({size})" for name, size in lines])
+
+
+def test_a_file_that_is_too_large_says_so_and_the_text_stays(team: Hive, tab: Tab) -> None:
+    tab.go("agents/alice")
+    field = tab.page.get_by_label("Write to alice")
+    field.fill("half a tho")
+    large = {"name": "large.bin", "mimeType": "application/octet-stream", "buffer": b"x" * 2001}
+    tab.page.locator("input[type=file]").set_input_files([large])  # type: ignore[list-item]
+    expect(chips(tab).get_by_role("alert")).to_contain_text("a file may have at most 2 KiB")
+    expect(field).to_have_value("half a tho")
+    tab.page.get_by_role("button", name="Remove large.bin").click()
+    expect(chips(tab)).to_have_count(0)
+    expect(field).to_have_value("half a tho")
+
+
+def test_what_the_hive_refuses_is_said_at_the_file(team: Hive, tab: Tab) -> None:
+    tab.expected = ["413"]
+    tab.page.route(
+        re.compile("/api/files$"), lambda route: route.fulfill(json={"files": [], "max_bytes": 9_000_000})
+    )  # the page believes that there is room
+    tab.go("flow")
+    large = {"name": "large.bin", "mimeType": "application/octet-stream", "buffer": b"x" * 2001}
+    tab.page.locator("input[type=file]").set_input_files([large])  # type: ignore[list-item]
+    expect(chips(tab).get_by_role("alert")).not_to_be_empty()
+    expect(tab.page.get_by_role("button", name="Send")).to_be_enabled()
+
+
+def test_attached_files_are_listed_and_deleted_after_a_question(team: Hive, tab: Tab) -> None:
+    tab.go("flow")
+    small = {"name": "old.txt", "mimeType": "text/plain", "buffer": b"x"}
+    tab.page.locator("input[type=file]").set_input_files([small])  # type: ignore[list-item]
+    expect(chips(tab)).to_contain_text("1 byte")
+    tab.go("system")
+    row = tab.page.locator(".row").filter(has_text="/old.txt")
+    row.get_by_role("button", name="Delete the file old.txt").click()
+    row.get_by_role("button", name="Keep").click()
+    row.get_by_role("button", name="Delete the file old.txt").click()
+    row.get_by_role("button", name="Delete old.txt", exact=True).click()
+    expect(row).to_have_count(0)
+    assert "old.txt" not in names_of_files(team)
+
+
+def test_the_page_of_an_agent_takes_no_files(folder: Path, open_tab: Callable[..., Tab]) -> None:
+    with Hive(folder) as hive:
+        spawn(hive, "alice")
+        tab = open_tab(row_of(hive, "alice")["url"])
+        tab.expected = ["ERR_"]  # the hive of this test goes before its page
+        expect(tab.page.get_by_label("Write to alice")).to_be_visible()
+        expect(tab.page.get_by_role("button", name="Attach")).to_have_count(0)
+
+
+def test_a_schedule_is_made_and_cancelled(team: Hive, tab: Tab) -> None:
+    tab.go("system")
+    tab.page.get_by_role("button", name="New schedule").click()
+    create = tab.page.get_by_role("button", name="Create the schedule")
+    expect(create).to_be_disabled()
+    tab.page.get_by_label("Recipient of the schedule").select_option("bob")
+    tab.page.get_by_label("Text of the schedule").fill("Look at the inbox.")
+    tab.page.get_by_label("First time, by your clock").fill("2099-01-31T08:30")
+    tab.page.get_by_label("How often").select_option("hours")
+    tab.page.get_by_label("Number").fill("2")
+    tab.page.reload()  # half a form survives
+    tab.page.get_by_role("button", name="New schedule").click()
+    expect(tab.page.get_by_label("Text of the schedule")).to_have_value("Look at the inbox.")
+    create.click()
+    expect(create).to_have_count(0)
+    row = tab.page.locator(".row").filter(has_text="Look at the inbox.")
+    expect(row).to_contain_text("bob")
+    expect(row).to_contain_text("every 2 h · next 31 Jan")
+    kept = team.api("GET", "/api/schedules").body["schedules"]
+    assert [(one["to"], one["every_s"], one["body"]) for one in kept] == [("bob", 7200, "Look at the inbox.")]
+    row.get_by_role("button", name=re.compile("Cancel schedule")).click()
+    row.get_by_role("button", name="Cancel the schedule").click()
+    expect(row).to_have_count(0)
+    assert ["next" in one for one in team.api("GET", "/api/schedules").body["schedules"]] == [False]
