@@ -69,7 +69,6 @@ from typing import IO, Any, Final, NoReturn
 # ──────────────────────────────────────────────────────────────────────────────
 
 VERSION: Final = "0.1.0"
-PROTOCOL: Final = 1
 
 MAX_LINE: Final = 1 << 20  # bytes; a longer line to the host is refused by it
 MAX_BUNDLE_LINE: Final = 8 << 20  # the same for the one verb that carries a git bundle
@@ -336,6 +335,7 @@ class Hello:
     warm_s: float
     stall_s: float
     wait_for_limit: bool
+    daily_budget_usd: float | None
     agents: tuple[tuple[str, str], ...]  # name, description
 
 
@@ -426,6 +426,7 @@ def parse_hello(fields: Fields) -> Hello:
         warm_s=settings.number("warm_s", 120),
         stall_s=settings.number("stall_s", 1800),
         wait_for_limit=settings.maybe("wait_for_limit", bool) is not False,
+        daily_budget_usd=settings.maybe("daily_budget_usd", int, float),
         agents=tuple((row.text("name"), row.maybe("description", str) or "") for row in fields.objects("agents")),
     )
 
@@ -1224,6 +1225,23 @@ class Login:
 # State on disk
 # ──────────────────────────────────────────────────────────────────────────────
 # The agent can write these files too. One that is broken is set aside with a line in the log.
+#
+# An event is {id, at, turn, kind, data}. The kinds, and their data:
+#
+#   turn_start   messages
+#   mail         messages: passed in while the turn runs
+#   text         text, parent?
+#   thinking     text, parent?
+#   tool_call    tool_use_id, name, input, parent?
+#   tool_result  tool_use_id, output, is_error, images? (how many), pictures? [{type, data}], parent?
+#   turn_end     outcome (done | interrupted | failed), reason?, class? (a value of Failure), duration_ms, tools,
+#                tokens, cost_usd
+#   compaction   pre_tokens?, post_tokens?
+#   state        state, reason?, until?
+#   note         text: a session begun or resumed, a sign-in, processes that were left over, …
+#   partial      text: as much of a block as has been written; live only, never stored, its id is 0
+#
+# `parent` is the tool_use_id of the call by which a sub-agent was started.
 
 
 FINISHED_KEPT: Final = 1000
@@ -1861,7 +1879,7 @@ class Agent:
 
     def _new_row(self) -> Json:
         report = self._state_report()
-        midnight = time.time() // 86400 * 86400
+        midnight = datetime.datetime.now().astimezone().replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
         self.row = given(
             name=self.session.name,
             state=self._standing.state if self._connected or self._turn else "offline",
@@ -1871,6 +1889,7 @@ class Agent:
             status_text=self._status_text or None,
             active_model=self._active_model,
             cost_today_usd=self.journal.store.cost_since(midnight),
+            daily_budget_usd=self.hello.daily_budget_usd if self.hello else None,
             paused=self._paused,
             rehearsal=self.config.rehearsal or None,
             login=report.get("login"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
+import struct
 import time
+import zlib
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -120,6 +123,33 @@ def test_mail_sent_while_the_last_text_is_written_is_read_in_a_turn_of_its_own(h
     host.wait_event("turn_end", 2, outcome="done")
     assert [api.said().count(f"> afterthought {number}") for number in range(3)] == [1, 1, 1]
     assert len(host.of("turn_start")) == len(host.of("turn_end")) == 2
+
+
+def png(side: int) -> bytes:
+    """A picture of noise, which no compression makes smaller."""
+    rows = b"".join(b"\0" + os.urandom(side * 3) for _ in range(side))
+    parts = {b"IHDR": struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b"IDAT": zlib.compress(rows), b"IEND": b""}
+    chunks = (struct.pack(">I", len(data)) + name + data for name, data in parts.items())
+    sums = (struct.pack(">I", zlib.crc32(name + data)) for name, data in parts.items())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk + checksum for chunk, checksum in zip(chunks, sums, strict=True))
+
+
+def test_a_picture_that_claude_reads_is_kept_if_it_is_small(harness: Harness) -> None:
+    host = harness.host
+    for name, side in (("small.png", 8), ("large.png", 400)):
+        (harness.folder / name).write_bytes(png(side))
+    reads = [
+        {"tools": [{"name": "Read", "input": {"file_path": str(harness.folder / name)}}]}
+        for name in ("small.png", "large.png")
+    ]
+    host.wait_acked(host.put(script(*reads, {"text": "Seen."})))
+    host.wait_text("Seen.")
+    small, large = host.of("tool_result")
+    assert small["images"] == large["images"] == 1
+    (picture,) = small["pictures"]
+    assert picture["type"] == "image/png"
+    assert base64.b64decode(picture["data"]) == (harness.folder / "small.png").read_bytes()
+    assert "pictures" not in large
 
 
 # ── failures: each ends as harness.REMEDIES says, and what comes after it needs no restart ──

@@ -77,6 +77,8 @@ def test_a_budget_tells_at_eighty_percent_and_pauses_at_its_end(folder: Path) ->
     with crewed(folder, "alice", "bob", daily_budget_usd=1.0) as hive:
         turn(hive, {"cost": 0.5})
         assert not told(hive, "budget_near")
+        spent = at_page(hive, "GET", "/api/state").body["agent"]
+        assert (spent["cost_today_usd"], spent["daily_budget_usd"]) == (0.5, 1.0)
         turn(hive, {"cost": 0.35})
         wait_for(lambda: told(hive, "budget_near"), "the warning")
         turn(hive, {"cost": 0.05})
