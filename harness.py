@@ -1171,6 +1171,9 @@ def sign_in_fields(config: Config) -> Json:
     return given(signed_in_until=until, signed_in_renews=renews or None)
 
 
+LOGIN_PROMPT: Final = "Paste code here if prompted >"  # what it says next stands on the same line
+
+
 class Login:
     """`claude auth login` over pipes: it prints an address, takes a code, and ends with a status."""
 
@@ -1201,7 +1204,7 @@ class Login:
     def _read(self) -> None:
         with opened(self._child.stdout) as pipe:
             for line in iter(functools.partial(pipe.readline, 4096), b""):
-                text = line.decode("utf-8", "replace").strip()
+                text = line.decode("utf-8", "replace").rpartition(LOGIN_PROMPT)[2].strip()
                 self._last = text or self._last
                 if not self._url and (found := re.search(r"https://\S+", text)):
                     self._url = found.group()
@@ -3072,6 +3075,7 @@ class PageThread(threading.Thread):
 # network. What it says is a script, and it says so. It plays the story of the demo, and tests steer it by a
 # line `rehearse: [steps]` in a message. A step is one of {"text"}, {"thinking"}, {"tool", "input"}, {"sleep"},
 # {"fail": class, "resets_in_s"?}, {"cost"}, {"pictures": [{"media_type", "data"}]}, {"die"}, {"garbage"}, {"hang"}.
+# Like the real one it is signed in once it has its credentials: then "authentication_failed" does not happen.
 
 # How the real one tells each failure: `error` of its last line, status and reason of the result.
 REHEARSAL_FAILURES: Final[Mapping[str, tuple[str, int | None, str]]] = {
@@ -3244,6 +3248,13 @@ class CutShort(Exception):
         self.reason, self.status = reason, status
 
 
+REHEARSED_SIGN_IN: Final = ".credentials.json"
+
+
+def rehearsal_folder(env: Mapping[str, str]) -> Path:
+    return Path(env.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude")
+
+
 class Rehearsal:
     """One process of the stand-in: this thread plays, another one listens to stdin."""
 
@@ -3252,8 +3263,9 @@ class Rehearsal:
         self._speed = float(env.get("HYPERHIVE_REHEARSAL_SPEED", "1"))
         self._partials = options.include_partial_messages
         self._me = env.get("HYPERHIVE_NAME", "")
-        folder = Path(env.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude") / "projects" / "rehearsal"
-        self._transcript = folder / f"{self._session}.jsonl"
+        folder = rehearsal_folder(env)
+        self._sign_in = folder / REHEARSED_SIGN_IN
+        self._transcript = folder / "projects" / "rehearsal" / f"{self._session}.jsonl"
         self._known: set[str] = set()  # uuids of user lines and names of things done once
         self._mail: dict[int, Heard] = {}  # all that the conversation holds
         self._lines: queue.SimpleQueue[Json | None] = queue.SimpleQueue()
@@ -3412,6 +3424,8 @@ class Rehearsal:
                     raise CutShort
             case {"cost": usd}:
                 self._cost += usd
+            case {"fail": "authentication_failed"} if self._sign_in.exists():
+                pass
             case {"fail": str(failure)}:
                 self._fail(failure, step.get("resets_in_s"))
             case {"die": _}:
@@ -3513,10 +3527,10 @@ class Rehearsal:
         )
 
 
-def rehearse_login() -> int:
+def rehearse_login(env: Mapping[str, str]) -> int:
     print("Opening browser to sign in…")
     print("If the browser didn't open, visit: https://rehearsal.invalid/sign-in?code=true", flush=True)
-    print("Paste code here if prompted > ", end="", flush=True)
+    print(LOGIN_PROMPT, end=" ", flush=True)
     for line in sys.stdin:
         if "#" not in line:
             print("Invalid code. Please make sure the full code was copied", file=sys.stderr, flush=True)
@@ -3524,6 +3538,11 @@ def rehearse_login() -> int:
             print("Login failed: the rehearsal takes every code but those that begin with `wrong`", flush=True)
             return 1
         else:
+            ends_ms = int((time.time() + 30 * 86400) * 1000)
+            credentials = {"claudeAiOauth": {"accessToken": "of the rehearsal", "expiresAt": ends_ms}}
+            folder = rehearsal_folder(env)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / REHEARSED_SIGN_IN).write_text(json.dumps(credentials))
             print("Login successful.", flush=True)
             return 0
     threading.Event().wait()  # closed stdin does not end it: the caller needs a time limit
@@ -3540,7 +3559,7 @@ def rehearse_at_keyboard(session: str) -> int:
 
 def rehearse(arguments: list[str]) -> int:
     if arguments[:2] == ["auth", "login"]:
-        return rehearse_login()
+        return rehearse_login(os.environ)
     if arguments[:2] == ["auth", "status"]:
         print(json.dumps({"loggedIn": True, "authMethod": "rehearsal"}))
         return 0

@@ -3106,6 +3106,7 @@ class ProcessContainers:
             "TZ",
             "HYPERHIVE_REHEARSAL_SPEED",
             "HYPERHIVE_BACKOFF_S",
+            "HYPERHIVE_LOGIN_S",
             "HYPERHIVE_TEST_MARK",
         )
         return {
@@ -3670,6 +3671,7 @@ class Agents:
         self._leaving = False
         self._locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
         self._crashes: dict[str, deque[int]] = defaultdict(deque)
+        self._near = now_ms() + SIGN_IN_ENDS_MS
         self._heard: dict[str, float] = {}  # of those that run, when their harness last showed that it lives
 
     def hold(self, name: str) -> threading.RLock:
@@ -3907,6 +3909,14 @@ class Agents:
         self._broker.tell(tx, OPERATOR, "silent", f"{text} `logs {name}` shows its last words.", agent=name)
         if name != MANAGER:
             self._broker.tell_manager(tx, "silent", text, agent=name)
+
+    def watch_sign_ins(self) -> None:
+        """Called each tick: the end of a sign-in comes near though nothing happens, and that is news."""
+        near = now_ms() + SIGN_IN_ENDS_MS
+        before, self._near = self._near, near
+        ending = "SELECT name FROM agents WHERE signed_in_until >= ? AND signed_in_until < ?"
+        if rows := self._store.rows(ending, before, near):
+            self._store.write(lambda tx: tx.changes.extend(("agent", row["name"]) for row in rows))
 
     def _crashed(self, name: str, state: ContainerState | None) -> None:
         row = self._store.row("SELECT wanted FROM agents WHERE name = ?", name)
@@ -7322,6 +7332,7 @@ class Daemon:
                 services.prechecks.look,
                 services.agents.look,
                 services.agents.watch_silence,
+                services.agents.watch_sign_ins,
             ]
             if time.monotonic() - cleaned > 3600:
                 cleaned = time.monotonic()

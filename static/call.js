@@ -20,10 +20,8 @@ const pending_approval = (id) => state.approvals.find((row) => row.id === id && 
 
 /** What the hive says needs the operator, and sign-ins under way: they wait for a code. */
 export function waiting() {
-  const known = new Set(state.attention.map((row) => row.key));
-  const signing_in = state.agents.filter(
-    (agent) => agent.state === "signing_in" && !known.has(`needs_login-${agent.name}`),
-  );
+  const known = new Set(state.attention.map((row) => row.kind === "needs_login" && row.agent));
+  const signing_in = state.agents.filter((agent) => agent.state === "signing_in" && !known.has(agent.name));
   return [
     ...state.attention.filter((row) => !(row.kind in HOLDS) || HOLDS[row.kind](row)),
     ...signing_in.map(({ name, state_since }) => ({

@@ -9,7 +9,7 @@ import signal
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -296,13 +296,45 @@ def test_a_claude_that_refuses_to_start(folder: Path) -> None:
         recovered(harness, message)
 
 
-def test_a_subscription_limit_is_waited_for_until_it_resets(harness: Harness, api: Api, folder: Path) -> None:
+@pytest.fixture
+def subscription(folder: Path, api: Api) -> Callable[[float], None]:
+    """Signs the agent in with a subscription whose token ends so many seconds from now. What would renew it is away."""
+    settings = {"ANTHROPIC_BASE_URL": api.url, "CLAUDE_CODE_MAX_RETRIES": "1"}
+    settings |= {"HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    (folder / "environment").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+
+    def sign_in(ends_in_s: float) -> None:
+        tokens = {"accessToken": "made-up", "refreshToken": "made-up"}
+        about = {"expiresAt": int(time.time() + ends_in_s) * 1000, "scopes": ["user:inference"]}
+        (folder / "claude").mkdir(exist_ok=True)
+        credentials = {"claudeAiOauth": {**tokens, **about, "subscriptionType": "max"}}
+        (folder / "claude/.credentials.json").write_text(json.dumps(credentials))
+
+    return sign_in
+
+
+def test_a_sign_in_that_can_not_be_renewed_is_noticed_at_the_next_turn(
+    harness: Harness, api: Api, subscription: Callable[[float], None]
+) -> None:
     host = harness.host
-    (folder / "environment").write_text(f"ANTHROPIC_BASE_URL={api.url}\nCLAUDE_CODE_MAX_RETRIES=1\n")
-    sign_in = {"accessToken": "made-up", "refreshToken": "made-up", "expiresAt": int(time.time() + 9000) * 1000}
-    (folder / "claude").mkdir(exist_ok=True)
-    credentials = {"claudeAiOauth": {**sign_in, "scopes": ["user:inference"], "subscriptionType": "max"}}
-    (folder / "claude/.credentials.json").write_text(json.dumps(credentials))
+    subscription(9000)
+    host.wait_acked(host.put("hello"))
+    assert host.wait_state("idle")["signed_in_renews"]
+    subscription(-60)
+    api.fail(401, "authentication_error", "OAuth token has expired.")
+    message = host.put("still there?")
+    failed_as(harness, Failure.SIGN_IN, message)
+    subscription(9000)
+    api.work()
+    host.control("resume")
+    recovered(harness, message)
+
+
+def test_a_subscription_limit_is_waited_for_until_it_resets(
+    harness: Harness, api: Api, subscription: Callable[[float], None]
+) -> None:
+    host = harness.host
+    subscription(9000)
     resets = int(time.time()) + 8
     unified = {"status": "rejected", "reset": str(resets), "representative_claim": "five_hour"}
     headers = {f"anthropic_ratelimit_unified_{name}": value for name, value in unified.items()}

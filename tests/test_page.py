@@ -346,21 +346,6 @@ def test_an_agent_is_made_on_the_page_and_a_bad_name_is_explained(hive: Hive, ta
     wait_for(lambda: row_of(hive, "alice")["state"] == "idle", "alice to be idle")
 
 
-def test_a_sign_in_from_your_call(hive: Hive, tab: Tab) -> None:
-    spawn(hive, "alice")
-    hive.cli("send", "alice", rehearse({"fail": "authentication_failed"}))
-    notice = tab.page.locator("article.card").filter(has_text=re.compile("alice (is signed out|signs in)"))
-    notice.get_by_role("button", name="Sign alice in").click()
-    expect(notice.get_by_role("link", name="https://rehearsal.invalid/sign-in")).to_be_visible()
-    notice.get_by_label("Code for alice").fill("wrong#state")
-    notice.get_by_role("button", name="Finish").click()
-    expect(notice.get_by_role("button", name="Sign alice in")).to_have_text("Try again")
-    notice.get_by_role("button", name="Sign alice in").click()
-    notice.get_by_label("Code for alice").fill("right#state")
-    notice.get_by_role("button", name="Finish").click()
-    expect(notice).to_have_count(0)
-
-
 # ── one agent, on the dashboard and on its own page ──
 
 
