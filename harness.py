@@ -1242,8 +1242,10 @@ class Login:
 #   compaction   pre_tokens?, post_tokens?
 #   state        state, reason?, until?
 #   note         text: a session begun or resumed, a sign-in, processes that were left over, …
-#   partial      text: as much of a block as has been written; live only, never stored, its id is 0
+#   partial      text: as much of a block as has been written
+#   history      before, find?, count, oldest?: the end of what `send_history` asked for
 #
+# The last two are only told, not stored: their id is 0.
 # `parent` is the tool_use_id of the call by which a sub-agent was started.
 
 

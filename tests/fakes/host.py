@@ -197,7 +197,7 @@ class Host:
         for event in request.get("events", []):
             if event["id"]:
                 self.events[event["id"]] = event
-            else:
+            elif event["kind"] == "partial":
                 self.partials.append(event["data"]["text"])
         if "state" in request:
             self.states.append(request["state"])
