@@ -1775,6 +1775,7 @@ class Agent:
         self._context: Json = {}
         self._writing = ""
         self._standing = Standing(State.IDLE)
+        self._stale = False  # whether more has changed than where it stands
         self._since = time.time()
 
     # The loop
@@ -1825,8 +1826,7 @@ class Agent:
         """Starts what can be started now, and says where the agent stands."""
         if self._attached and self._turn is None:
             self._end_process()  # two on one session would fork it
-        begin_anew = self._new_session_wanted and not (self._turn or self._attached or self._stopping)
-        if begin_anew:
+        if self._new_session_wanted and not (self._turn or self._attached or self._stopping):
             self._forget_session("A new session was asked for.")
         if not (self._turn or self._park or self._paused or self._attached or self._login or self._stopping):
             if self._compact_wanted:
@@ -1834,7 +1834,7 @@ class Agent:
                 self._start_turn([])
             elif self._held:
                 self._start_turn(self._next_batch())
-        self._announce(self._current_standing(), force=begin_anew)
+        self._announce(self._current_standing())
 
     def _next_batch(self) -> list[Message]:
         """The oldest mail. What a turn has failed with goes alone, so that it takes no other mail down with it."""
@@ -1857,9 +1857,10 @@ class Agent:
             return Standing(self._park.state, self._park.reason, self._park.until)
         return Standing(State.PAUSED, self._pause_reason) if self._paused else Standing(State.IDLE)
 
-    def _announce(self, standing: Standing, *, force: bool = False) -> None:
-        if standing == self._standing and not force:
+    def _announce(self, standing: Standing) -> None:
+        if standing == self._standing and not self._stale:
             return
+        self._stale = False
         if standing.state != self._standing.state:
             self._since = time.time()
             log(f"{standing.state}" + (f": {standing.reason}" if standing.reason else ""))
@@ -1905,8 +1906,8 @@ class Agent:
         return self.row
 
     def _refresh(self) -> None:
-        """Reports again what is not part of the state machine: status text, model, connection."""
-        self._announce(self._current_standing(), force=True)
+        """What is not part of the state machine is reported with its next word: status text, model, connection."""
+        self._stale = True
 
     # For tools, which run on threads of their own
 
@@ -2370,6 +2371,7 @@ class Agent:
         self.session.session = None
         self._context.clear()
         self.session.save()
+        self._refresh()
 
     def _shut_down(self) -> None:
         """In this order: interrupt, wait for the result, end the session, kill, sweep, give the mail back."""

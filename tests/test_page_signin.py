@@ -77,6 +77,10 @@ def told(hive: Hive, kind: str) -> list[str]:
     return [one["body"] for one in messages if one.get("kind") == kind and one["to"] == "manager"]
 
 
+def texts(hive: Hive) -> list[str]:
+    return [event["data"].get("text", "") for event in hive.api("GET", "/api/agents/alice").body["events"]]
+
+
 def worries(hive: Hive) -> list[str]:
     return [worry["key"] for worry in hive.api("GET", "/api/state").body["attention"]]
 
@@ -107,11 +111,10 @@ def test_a_sign_in_with_every_way_to_fail_first(hive: Hive, opened: Callable[[Hi
     begin(tab, REHEARSED)
     give(tab, "right#state")
     expect(panel(tab)).to_have_count(0)
-    wait_for(lambda: row_of(hive, "alice")["state"] == "idle", "alice to work again")
+    wait_for(lambda: "Signed in at last." in texts(hive), "the mail that had waited to be read")
+    wait_for(lambda: row_of(hive, "alice")["state"] == "idle", "alice to be idle")
     wait_for(lambda: told(hive, "logged_in"), "word of it")
     assert row_of(hive, "alice")["signed_in_until"] and not worries(hive)
-    events = hive.api("GET", "/api/agents/alice").body["events"]
-    assert "Signed in at last." in [event["data"].get("text") for event in events]  # the mail that had waited
     assert len(told(hive, "needs_login")) == len(told(hive, "logged_in")) == 1
 
 
