@@ -6885,7 +6885,7 @@ class Routes:
         return {"files": self._s.attachments.rows(), "max_bytes": self._s.attachments.max_bytes}
 
     def usage(self) -> Json:
-        return {"usage": self._s.views.usage(self._query("days", 30, 366))}
+        return {"today": day_of(now_ms()), "usage": self._s.views.usage(self._query("days", 30, 366))}
 
     def audit(self) -> Json:
         return {"audit": self._s.views.audit(before=self._before(), most=self._query("max", 100, 1000))}

@@ -1,7 +1,7 @@
 // All agents: two lines each, and the levers.
 
 import { h } from "./dom.js";
-import { ago, dollars, hive_now, inline, plural, web_href, you_or } from "./text.js";
+import { ago, clock, dollars, hive_now, inline, plural, web_href, you_or } from "./text.js";
 import {
   act,
   button,
@@ -54,9 +54,11 @@ export const sign_in_ends_soon = ({ state: now, signed_in_until, signed_in_renew
 
 // ── A row ────────────────────────────────────────────────────────────────────────────────────────
 
-const second_line = (agent) =>
-  (agent.state === "idle" || agent.state === "stopped" ? "" : why_words(agent)) ||
-  (agent.status_text ?? agent.state_reason ?? agent.description ?? "");
+function second_line(agent) {
+  const why = agent.state === "idle" || agent.state === "stopped" ? "" : why_words(agent);
+  if (why) return agent.until ? `${why} It goes on at ${clock(agent.until)}.` : why;
+  return agent.status_text ?? agent.state_reason ?? agent.description ?? "";
+}
 
 function badges(agent) {
   return [
@@ -74,7 +76,6 @@ function badges(agent) {
         ago(agent.signed_in_until, "until"),
       ),
     agent.unread > 0 && h("span", { class: "badge", title: "Messages it has not taken yet" }, `${agent.unread} unread`),
-    agent.rehearsal && h("span", { class: "badge", title: "A scripted stand-in plays Claude" }, "rehearsal"),
   ];
 }
 
@@ -112,7 +113,7 @@ function agent_row(agent) {
   const open = toggled(`levers:${agent.name}`);
   return h(
     "div",
-    { class: `row agent ${agent.kept ? "kept" : ""}`, key: agent.name },
+    { class: `row agent ${agent.kept ? "kept" : ""} ${open ? "open" : ""}`, key: agent.name },
     mark(agent),
     h(
       "div",

@@ -1,18 +1,19 @@
 // Usage: what the agents cost, by day and by agent.
 
 import { h } from "./dom.js";
-import { count, dollars, duration, hive_now, thousands } from "./text.js";
-import { empty, heading, panel } from "./parts.js";
-import { changed, on } from "./store.js";
+import { count, dollars, duration, thousands } from "./text.js";
+import { empty, fold, heading, panel } from "./parts.js";
+import { changed, on, state } from "./store.js";
 import { get } from "./api.js";
 
 const DAYS = 14;
-const known = { rows: null, error: null, asked_at: 0 };
+const known = { rows: null, today: "", error: null, asked_at: 0 };
 
 export async function load_usage() {
   known.asked_at = Date.now();
   try {
-    Object.assign(known, { rows: (await get(`/api/usage?days=${DAYS}`)).usage, error: null });
+    const { usage, today } = await get(`/api/usage?days=${DAYS}`);
+    Object.assign(known, { rows: usage, today, error: null });
   } catch (error) {
     known.error = error;
   }
@@ -27,9 +28,11 @@ on("usage", () => {
 
 // ── By day ───────────────────────────────────────────────────────────────────────────────────────
 
+/** Days of the hive's own calendar. */
 function last_days() {
+  const today = Date.parse(known.today);
   return Array.from({ length: DAYS }, (_, back) =>
-    new Date(hive_now() - (DAYS - 1 - back) * 86400000).toISOString().slice(0, 10),
+    new Date(today - (DAYS - 1 - back) * 86400000).toISOString().slice(0, 10),
   );
 }
 
@@ -44,8 +47,8 @@ const by_cost = (rows) =>
 const SHADES = 6;
 const shade = (index) => `shade-${Math.min(index, SHADES - 1)}`;
 
-/** One bar: an agent's part upon another's, as high as its cost. */
-function bar(parts, most) {
+/** One bar: an agent's part upon another's, as high as its cost; and how high the budget is, where that is near. */
+function bar(parts, most, budget) {
   let top = 100;
   return h(
     "svg",
@@ -55,26 +58,41 @@ function bar(parts, most) {
       top -= height;
       return height > 0 && h("rect", { key: name, class: shade(index), x: 0, y: top, width: 10, height });
     }),
+    budget && h("path", { key: "budget", class: "budget", d: `M0 ${100 - (100 * budget) / most}h10` }),
   );
 }
 
-function day_bars(rows) {
+const sample = (...shapes) => h("svg", { viewBox: "0 0 10 10", "aria-hidden": "true" }, shapes);
+
+function days_of(rows) {
   const agents = by_cost(rows);
-  const days = last_days().map((day) => {
-    const cost = (mine) =>
+  return last_days().map((day) => {
+    const mine = rows.filter((row) => row.day === day);
+    const parts = agents.map(([name]) => [
+      name,
       sum(
-        mine.filter((row) => row.day === day),
+        mine.filter((row) => row.agent === name),
         "cost_usd",
-      );
-    const parts = agents.map(([name, mine]) => [name, cost(mine)]);
-    return { day, parts, usd: parts.reduce((total, [, usd]) => total + usd, 0) };
+      ),
+    ]);
+    return { day, mine, parts, usd: sum(mine, "cost_usd") };
   });
-  const most = Math.max(...days.map(({ usd }) => usd), 0.01);
-  const words = ({ day, usd, parts }) =>
-    `${day}: ${dollars(usd)}${parts
-      .filter(([, part]) => part > 0)
-      .map(([name, part]) => `, ${name} ${dollars(part)}`)
-      .join("")}`;
+}
+
+const words_of = (parts) =>
+  parts
+    .filter(([, usd]) => usd > 0)
+    .map(([name, usd]) => `${name} ${dollars(usd)}`)
+    .join(", ");
+
+const NEAR = 2; // a budget that is higher than this many times the dearest day would only flatten the bars
+
+function day_bars(days, agents) {
+  const dearest = Math.max(...days.map(({ usd }) => usd), 0.01);
+  const { budget_usd = 0 } = state.usage;
+  const budget = budget_usd <= NEAR * dearest ? budget_usd : 0;
+  const most = Math.max(dearest, budget);
+  const words = ({ day, usd, parts }) => [`${day}: ${dollars(usd)}`, words_of(parts)].filter(Boolean).join(", ");
   return [
     h(
       "ol",
@@ -84,86 +102,125 @@ function day_bars(rows) {
           "li",
           { key: day.day, title: words(day) },
           h("span", { class: "usd" }, day.usd > 0 && dollars(day.usd)),
-          bar(day.parts, most),
+          bar(day.parts, most, budget),
           h("span", { class: "dim" }, day.day.slice(8)),
         ),
       ),
     ),
-    agents.length > 1 &&
-      h(
-        "p",
-        { class: "legend dim" },
-        agents.map(([name], index) =>
-          h(
-            "span",
-            { key: name },
+    h(
+      "p",
+      { class: "legend dim" },
+      agents.length > 1 &&
+        agents
+          .slice(0, SHADES)
+          .map(([name], index) =>
             h(
-              "svg",
-              { viewBox: "0 0 10 10", "aria-hidden": "true" },
-              h("rect", { class: shade(index), width: 10, height: 10 }),
+              "span",
+              { key: name },
+              sample(h("rect", { class: shade(index), width: 10, height: 10 })),
+              index === SHADES - 1 && agents.length > SHADES ? `${agents.length - index} others` : name,
             ),
-            name,
           ),
-        ),
-      ),
+      budget > 0 &&
+        h("span", { key: "the budget" }, sample(h("path", { class: "budget", d: "M0 5h10" })), `budget ${dollars(budget)}`),
+    ),
   ];
+}
+
+function table(label, columns, ...groups) {
+  const head = columns.map((column) => h("th", { scope: "col" }, column));
+  return h(
+    "div",
+    { class: "scroll", tabindex: "0", role: "group", "aria-label": label },
+    h("table", null, h("thead", null, h("tr", null, head)), groups),
+  );
+}
+
+const TOKENS = [
+  ["In", "input_tokens"],
+  ["Out", "output_tokens"],
+  ["Cache read", "cache_read_tokens"],
+  ["Cache written", "cache_creation_tokens"],
+];
+const token_cells = (rows) =>
+  TOKENS.map(([, field]) => h("td", { title: count(sum(rows, field)) }, thousands(sum(rows, field))));
+const token_columns = TOKENS.map(([column]) => column);
+
+function day_table(days) {
+  const rows = days.toReversed().map(({ day, mine, parts, usd }) =>
+    h(
+      "tr",
+      { key: day },
+      h("th", { scope: "row" }, day),
+      [dollars(usd), count(sum(mine, "turns")), duration(sum(mine, "duration_ms"))].map((cell) => h("td", null, cell)),
+      token_cells(mine),
+      h("td", { class: "by-agent" }, words_of(parts)),
+    ),
+  );
+  const columns = ["Day", "Cost", "Turns", "Time", ...token_columns, "By agent"];
+  return fold("usage:days", "The same as a table", () => table("Usage by day", columns, h("tbody", null, rows)));
 }
 
 // ── By agent ─────────────────────────────────────────────────────────────────────────────────────
 
 function agent_table(rows) {
-  const today = last_days().at(-1);
   const names = by_cost(rows);
-  const columns = ["Agent", "Today", `${DAYS} days`, "Turns", "Time", "In", "Out", "Cache read", "Cache written"];
-  const line = (name, mine) =>
-    [
-      dollars(
-        sum(
-          mine.filter((row) => row.day === today),
-          "cost_usd",
-        ),
-      ),
-      dollars(sum(mine, "cost_usd")),
-      count(sum(mine, "turns")),
-      duration(sum(mine, "duration_ms")),
-      ...["input_tokens", "output_tokens", "cache_read_tokens", "cache_creation_tokens"].map((field) =>
-        h("span", { title: count(sum(mine, field)) }, thousands(sum(mine, field))),
-      ),
-    ].map((value) => h("td", null, value));
-  return h(
-    "div",
-    { class: "scroll", tabindex: "0", role: "group", "aria-label": "Usage by agent" },
+  const whole = sum(rows, "cost_usd") || 1;
+  const line = (name, mine) => {
+    const now = mine.filter((row) => row.day === known.today);
+    const figures = [dollars(sum(now, "cost_usd")), dollars(sum(mine, "cost_usd"))];
+    const work = [count(sum(mine, "turns")), duration(sum(mine, "duration_ms"))];
+    return h(
+      "tr",
+      { key: name },
+      h("th", { scope: "row" }, name),
+      figures.map((cell) => h("td", null, cell)),
+      h("td", null, share(sum(mine, "cost_usd") / whole)),
+      work.map((cell) => h("td", null, cell)),
+      token_cells(mine),
+    );
+  };
+  return table(
+    "Usage by agent",
+    ["Agent", "Today", `${DAYS} days`, "Share", "Turns", "Time", ...token_columns],
     h(
-      "table",
+      "tbody",
       null,
-      h(
-        "thead",
-        null,
-        h(
-          "tr",
-          null,
-          columns.map((column) => h("th", { scope: "col" }, column)),
-        ),
-      ),
-      h(
-        "tbody",
-        null,
-        names.map(([name, mine]) => h("tr", { key: name }, h("th", { scope: "row" }, name), line(name, mine))),
-      ),
-      names.length > 1 && h("tfoot", null, h("tr", null, h("th", { scope: "row" }, "all"), line("", rows))),
+      names.map(([name, mine]) => line(name, mine)),
     ),
+    names.length > 1 && h("tfoot", null, line("all", rows)),
   );
+}
+
+function share(part) {
+  const percent = Math.round(100 * part);
+  return h(
+    "svg",
+    { class: "share", viewBox: "0 0 100 10", preserveAspectRatio: "none", role: "img", "aria-label": `${percent} %` },
+    h("rect", { class: "shade-5", width: 100, height: 10 }),
+    h("rect", { class: "shade-0", width: percent, height: 10 }),
+  );
+}
+
+const today_words = ({ today_usd, budget_usd }) =>
+  `today ${dollars(today_usd)}${budget_usd ? ` of ${dollars(budget_usd)} that all may spend` : ""}`;
+
+function charts(rows) {
+  const days = days_of(rows);
+  return [
+    panel({ class: "pad" }, day_bars(days, by_cost(rows)), day_table(days)),
+    heading("By agent"),
+    panel(null, agent_table(rows)),
+  ];
 }
 
 export function usage_view() {
   const { rows, error } = known;
   return [
-    heading("Usage", `last ${DAYS} days, UTC`),
+    heading("Usage", `${today_words(state.usage)} · last ${DAYS} days`),
     error && h("p", { class: "refusal", role: "alert" }, error.message),
-    !rows
-      ? panel(null, empty("Loading…"))
-      : rows.length === 0
-        ? panel(null, empty("No turn has been counted yet."))
-        : [panel({ class: "pad" }, day_bars(rows)), panel(null, agent_table(rows))],
+    !rows && !error && panel(null, empty("Loading…")),
+    rows?.length === 0 && panel(null, empty("No turn has been counted yet.")),
+    rows?.length > 0 && charts(rows),
   ];
 }

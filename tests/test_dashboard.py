@@ -462,7 +462,7 @@ def test_each_get_answers_with_its_keys(crew: Hive) -> None:
         "/api/deploys?agent=alice": {"deploys"},
         "/api/deploys/1": {"deploy"},
         "/api/schedules": {"schedules"},
-        "/api/usage?days=3": {"usage"},
+        "/api/usage?days=3": {"today", "usage"},
         "/api/audit?max=5": {"audit"},
         "/api/files": {"files", "max_bytes"},
     }  # fmt: skip

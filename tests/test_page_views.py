@@ -56,9 +56,13 @@ def team(receiver: http.server.HTTPServer) -> Iterator[Hive]:
     url = f"http://127.0.0.1:{receiver.server_port}/topic"
     with (
         tempfile.TemporaryDirectory(prefix="hh-", dir="/tmp") as place,
-        Hive(Path(place), notify_url=url) as hive,
+        Hive(Path(place), notify_url=url, hive_daily_budget_usd=2) as hive,
     ):
         hive.spawn(*NAMES)
+        long = "He counts what the others have left behind, and writes it down for whoever asks."
+        deploy = hive.api("POST", "/api/agents", {"name": "dave", "description": long}).body["deploy_id"]
+        wait_for(lambda: hive.phase(deploy) == "deployed", "the deploy of dave")
+        assert hive.api("POST", "/api/agents/dave/stop", {}).status == 200
         with hive.agent("alice") as alice, hive.agent("manager") as manager:
             alice.ask("send", to="bob", body="Where is the quarterly report?")
             alice.ask("send", to="operator", body="Done: `report.md`.")
@@ -141,6 +145,37 @@ def test_usage_is_drawn_by_day_and_agent(tab: Tab) -> None:
     expect(bars.last).to_have_attribute("title", re.compile(r"\$1\.80, bob \$|\$1\.80, alice \$"))
     expect(bars.last.locator("rect")).to_have_count(3)
     expect(tab.page.locator(".legend")).to_contain_text("manager")
+    expect(tab.page.locator(".legend")).to_contain_text("budget $2.00")
+    expect(tab.page.locator(".heading").first).to_contain_text("of $2.00 that all may spend")
+    tab.page.get_by_role("button", name="The same as a table").click()
+    today = tab.page.get_by_role("group", name="Usage by day").get_by_role("row").nth(1)
+    expect(today).to_contain_text(re.compile(r"\$1\.80.*bob \$0\.90, alice \$0\.60, manager \$0\.30"))
+    first = tab.page.get_by_role("group", name="Usage by agent").get_by_role("row").nth(1)
+    expect(first).to_contain_text("bob$0.90$3.60")
+    expect(first.get_by_role("img", name="50 %")).to_be_visible()
+    tab.go("system")
+    expect(tab.page.locator(".facts")).to_contain_text("of $2.00 that all may spend")
+
+
+def test_rows_of_agents_stay_two_lines_and_keep_the_focus(team: Hive, open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab(f"{team.url}/#token={team.token}", viewport={"width": 360, "height": 740})
+    tab.go("agents")
+    row = tab.page.locator(".row.agent").filter(has_text="carol")
+    one_line = row.locator(".second").evaluate("(line) => parseFloat(getComputedStyle(line).lineHeight)")
+    with team.agent("alice") as alice:
+        assert alice.ask("send", to="bob", body="one more")["ok"]
+    words = tab.page.locator(".row.agent").filter(has_text="dave").locator(".second")
+    expect(words).to_have_text(re.compile("^He counts"))
+    assert words.bounding_box()["height"] < 1.5 * one_line  # type: ignore[index]
+    manage = row.get_by_role("button", name="Manage carol")
+    manage.focus()
+    team.ask(cmd="set_paused", name="carol", paused=True)
+    expect(row).to_contain_text("Paused by you.")
+    expect(manage).to_be_focused()
+    tab.page.keyboard.press("Enter")
+    row.get_by_role("button", name="Resume carol").press("Enter")
+    expect(row).to_contain_text("stopped")
+    assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_the_keys_are_listed_and_lead_to_the_views(tab: Tab) -> None:
