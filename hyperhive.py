@@ -167,6 +167,7 @@ class Config:
     warm_s: float = 120.0
     stall_s: float = 1800.0
     hello_s: float = 60.0
+    heartbeat_s: float = 15.0  # of a live stream on which nothing happens: what stands between may close such ones
     silent_s: float = 300.0
     admin_group: str = "hive-admin"
     limits: Limits = dataclasses.field(default_factory=Limits)
@@ -5009,7 +5010,6 @@ def _worry(kind: str, key: Any, agent: str | None, text: str, since: str) -> Jso
 # sockets, so that none holds a thread of the web server. Commits only leave marks here; rows are read
 # once for all streams, at most every 20 ms, and not at all while nobody looks.
 
-HEARTBEAT_S: Final = 15.0
 BACKLOG_BYTES: Final = 256 * 1024
 REPLAY: Final = 2000
 PAUSE_S: Final = 0.02
@@ -5029,8 +5029,8 @@ class Stream:
 
 
 class Hub:
-    def __init__(self, views: Views) -> None:
-        self._views = views
+    def __init__(self, views: Views, heartbeat_s: float) -> None:
+        self._views, self._heartbeat_s = views, heartbeat_s
         self._epoch = secrets.token_hex(4)
         self._seq = 0
         self._marks: dict[tuple[str, Any], None] = {}
@@ -5093,7 +5093,7 @@ class Hub:
     # -- the thread
 
     def _run(self) -> None:
-        beat = time.monotonic() + HEARTBEAT_S
+        beat = time.monotonic() + self._heartbeat_s
         while not self._closed:
             for key, mask in self._selector.select(max(0.0, beat - time.monotonic())):
                 self._ready(key, mask)
@@ -5107,7 +5107,7 @@ class Hub:
             except Exception:
                 log.exception("live streams")
             if time.monotonic() >= beat:
-                beat = time.monotonic() + HEARTBEAT_S
+                beat = time.monotonic() + self._heartbeat_s
                 self._each(lambda stream: b": still here\n\n" if stream.dialect == "sse" else b"")
         for stream in list(self._streams):
             self._drop(stream)
@@ -7280,7 +7280,7 @@ class Daemon:
         deploys = Deploys(config, store, broker, approvals, repositories, agents)
         prechecks = Prechecks(config, store, repositories, deploys, agents)
         views = Views(config, store, agents)
-        hub, notifier, doors = Hub(views), Notifier(config, views), Doors()
+        hub, notifier, doors = Hub(views, config.heartbeat_s), Notifier(config, views), Doors()
         self._closers.callback(notifier.close)
         self._closers.callback(hub.close)
         self._closers.callback(doors.close)

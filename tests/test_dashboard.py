@@ -885,6 +885,15 @@ def test_a_stream_that_is_not_read_is_dropped_and_disturbs_nobody(hive: Hive) ->
         assert reads.until("message")["row"]["body"] == "still there?"
 
 
+def test_a_stream_on_which_nothing_happens_shows_that_it_lives(folder: Path) -> None:
+    with Hive(folder, heartbeat_s=0.1) as hive, Stream(hive) as stream:
+        assert stream.next().event == "snapshot"
+        lines = [stream.response.readline() for _ in range(6)]
+        assert lines == [b": still here\n", b"\n"] * 3
+        sent = hive.api("POST", "/api/messages", {"to": "operator", "body": "between beats"}).body["id"]
+        assert stream.until("message")["row"]["id"] == sent
+
+
 def test_a_stream_needs_http_1_1(crew: Hive) -> None:
     answer = raw(crew, f"GET /api/stream HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer {crew.token}\r\n\r\n")
     assert refused(answer, 400, "bad_request") and "HTTP/1.1" in answer.body["error"]
