@@ -5150,7 +5150,7 @@ class Hub:
             self._seq += 1
             self._ring.clear()
             frame = self._snapshot()
-            self._each(lambda stream: self._begin_with(stream, frame))
+            self._each(lambda stream: frame if stream.dialect == "sse" else b"")
             self._status_rows()
         else:
             self._publish_rows(marks)
@@ -5192,11 +5192,6 @@ class Hub:
     def _snapshot(self) -> bytes:
         return self._sse("snapshot", {"seq": self.seq} | self._views.snapshot())
 
-    def _begin_with(self, stream: Stream, frame: bytes) -> bytes:
-        if stream.dialect == "status":
-            return b""
-        return frame
-
     def _welcome(self) -> None:
         with self._lock:
             arrivals, self._arrivals = self._arrivals, []
@@ -5219,7 +5214,7 @@ class Hub:
         oldest = self._ring[0][0] if self._ring else self._seq + 1
         if epoch == self._epoch and re.fullmatch("[0-9]{1,15}", number) and oldest - 1 <= int(number) <= self._seq:
             return b"".join(f for seq, agent, f in self._ring if seq > int(number) and agent in ("", stream.agent))
-        return self._begin_with(stream, self._snapshot())
+        return self._snapshot()
 
     def _each(self, frame_for: Callable[[Stream], bytes]) -> None:
         for stream in list(self._streams):
@@ -5527,12 +5522,6 @@ class Doors:
 
     def open(self, path: Path, mode: int, make: Callable[[socket.socket], Connection], *, most: int) -> None:
         """Listen at `path`. Closes an older socket there and its connections first."""
-        if len(os.fsencode(path)) > SOCKET_PATH_MAX:
-            raise Refused(
-                "usage",
-                f"the socket path {path} is longer than {SOCKET_PATH_MAX} bytes",
-                "choose a shorter runtime directory",
-            )
         self.close_one(path)
         path.unlink(missing_ok=True)
         server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -5883,8 +5872,7 @@ class AgentConnection(Connection):
             if via != "page" or draft.to != self.name:
                 raise Refused("bad_request", "via is for what was typed at this agent's own page: 'page', to itself")
             draft = dataclasses.replace(draft, via=via)
-        ids = self._s.broker.send(draft)
-        return {"id": ids[0]} | ({"ids": ids} if draft.to == EVERYONE else {})
+        return send_draft(self._s.broker, draft)
 
     def inbox(self, f: Fields) -> Json:
         most = f.integer("max", least=1, most=100, default=20)
@@ -6150,6 +6138,12 @@ def draft_from(f: Fields, sender: str, limits: Limits) -> Draft:
     return Draft(sender, f.address(), body, in_reply_to, client_id)
 
 
+def send_draft(broker: Broker, draft: Draft) -> Json:
+    """The answer as every door gives it: {id}, and the `ids` of all copies of a message to everyone."""
+    ids = broker.send(draft)
+    return {"id": ids[0]} | ({"ids": ids} if draft.to == EVERYONE else {})
+
+
 def _event_from(f: Fields) -> Json:
     event = {
         "id": f.integer("id"),
@@ -6267,7 +6261,7 @@ class HostConnection(Connection):
 
     # -- looking
 
-    def list(self, f: Fields) -> Json:
+    def list_names(self, f: Fields) -> Json:
         return {"agents": [row["name"] for row in self._s.views.agent_statuses()]}
 
     def agent_status(self, f: Fields) -> Json:
@@ -6342,13 +6336,11 @@ class HostConnection(Connection):
         return {}
 
     def send_message(self, f: Fields) -> Json:
-        draft = draft_from(f, OPERATOR, self._s.config.limits)
-        ids = self._s.broker.send(draft)
-        return {"id": ids[0]} | ({"ids": ids} if draft.to == EVERYONE else {})
+        return send_draft(self._s.broker, draft_from(f, OPERATOR, self._s.config.limits))
 
     # -- agents
 
-    def _scope(self, f: Fields) -> typing.List[str]:  # noqa: UP006 - `list` is a verb of this class
+    def _scope(self, f: Fields) -> list[str]:
         """Whom a command is for: an empty scope is refused, never taken for everybody."""
         scope = Fields(f.mapping("scope"), strict=False)
         names = [check_name(name) for name in scope.items("agent_names", str, most=1000)]
@@ -6429,8 +6421,8 @@ class HostConnection(Connection):
 
     def backup(self, f: Fields) -> Json:
         path = Path(f.text("path"))
-        if not path.is_absolute():
-            raise Refused("bad_request", "the path of a backup must be absolute")
+        if not path.is_absolute() or "\0" in str(path):
+            raise Refused("bad_request", "the path of a backup must be absolute, and without a NUL")
         self._s.store.backup(path)
         write_atomically(self._s.config.database.with_name("last-backup"), f"{path}\n")
         self._s.store.write(lambda tx: tx.audit(self._actor, "backup", path))
@@ -6453,7 +6445,7 @@ def pause_everyone(services: Services, actor: Actor, *, paused: bool) -> None:
 
 
 HOST_VERBS: Final[dict[str, Callable[[HostConnection, Fields], Json | None]]] = {
-    "list": HostConnection.list,
+    "list": HostConnection.list_names,
     "agent_status": HostConnection.agent_status,
     "subscribe_agent_status": HostConnection.subscribe,
     "agents": HostConnection.agents,
@@ -6596,6 +6588,8 @@ class Guard:
         def guarded(*arguments: Any, **named: Any) -> Any:
             try:
                 self._admit()
+                if "name" in named:
+                    check_name(named["name"])
                 result = callback(*arguments, **named)
                 return self._json(result) if isinstance(result, dict) else result
             except Refused as error:
@@ -6716,7 +6710,7 @@ class Routes:
         get, post = functools.partial(Route, "GET"), functools.partial(Route, "POST")
         return [
             get("/", lambda: self.static("index.html"), open=True),
-            get("/static/<name>", self.static, open=True),
+            get("/static/<file>", self.static, open=True),
             get("/healthz", lambda: {"ok": True}, open=True),
             get("/metrics", self.metrics),
             get("/api/state", self.state),
@@ -6804,8 +6798,8 @@ class Routes:
 
     # -- GET
 
-    def static(self, name: str) -> bytes:
-        path = self._files.get(name)
+    def static(self, file: str) -> bytes:
+        path = self._files.get(file)
         if path is None:
             raise Refused("not_found", "there is nothing at this address")
         self._response.content_type = CONTENT_TYPES[path.suffix]
@@ -6818,7 +6812,7 @@ class Routes:
         return {"seq": seq} | self._s.views.snapshot()
 
     def agent(self, name: str) -> Json:
-        self._s.agents.known(check_name(name))
+        self._s.agents.known(name)
         return {
             "agent": self._s.views.agents(name, kept=True)[0],
             "events": self._s.views.events(agent=name),
@@ -6832,7 +6826,7 @@ class Routes:
         What the host no longer keeps is asked of the harness and comes over the stream: `rest` says below
         which id, and whether there was a harness to ask. An event of the kind `history` ends it.
         """
-        self._s.agents.known(check_name(name))
+        self._s.agents.known(name)
         before, most = self._before(), self._query("max", 300, 1000)
         words = self._request.query.getunicode("find", "")
         if len(words) > FIND_MAX:
@@ -6849,7 +6843,6 @@ class Routes:
 
     def diff(self, name: str) -> Json:
         """What changed between two commits that were deployed."""
-        check_name(name)
         shas = [check_sha(self._request.query.get(key, "")) for key in ("from", "to")]
         for sha in shas:
             if self._s.store.row("SELECT 1 FROM deploys WHERE agent = ? AND sha = ?", name, sha) is None:
@@ -6958,7 +6951,6 @@ class Routes:
         return {"deploy_id": self._s.deploys.spawn(self._actor, name, description)}
 
     def _act(self, handler: Callable[[str], Json | None], name: str) -> Json:
-        check_name(name)
         self._body().done()
         return handler(name) or {}
 
@@ -6966,7 +6958,6 @@ class Routes:
         self._s.store.write(lambda tx: self._s.broker.pause(tx, self._actor, name, paused=paused))
 
     def destroy(self, name: str) -> Json:
-        check_name(name)
         f = self._body()
         confirm, purge = f.text("confirm"), f.flag("purge")
         f.done()
@@ -6976,7 +6967,6 @@ class Routes:
         return {}
 
     def choose_model(self, name: str) -> Json:
-        check_name(name)
         f = self._body()
         model = f.text("model", max_bytes=100)
         f.done()
@@ -6984,7 +6974,6 @@ class Routes:
         return {}
 
     def finish_login(self, name: str) -> Json:
-        check_name(name)
         f = self._body()
         code = f.text("code")
         f.done()
@@ -6998,8 +6987,7 @@ class Routes:
         f = self._body()
         draft = draft_from(f, OPERATOR, self._s.config.limits)
         f.done()
-        ids = self._s.broker.send(draft)
-        return {"id": ids[0]} | ({"ids": ids} if draft.to == EVERYONE else {})
+        return send_draft(self._s.broker, draft)
 
     def read(self) -> Json:
         f = self._body()

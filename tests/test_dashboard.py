@@ -26,7 +26,7 @@ TABLE = hyperhive.Routes(None, None, None).table()  # type: ignore[arg-type]
 
 def filled(path: str) -> str:
     """A route with something in the place of its wildcards."""
-    path = path.replace("/static/<name>", "/static/app.css")
+    path = path.replace("/static/<file>", "/static/app.css")
     for wildcard, value in FILLED.items():
         path = path.replace(wildcard, value)
     assert "<" not in path, "a wildcard that FILLED does not know"
@@ -75,7 +75,7 @@ def has_headers(answer: Answer) -> bool:
 
 
 def test_only_three_routes_are_open() -> None:
-    assert [route.path for route in TABLE if route.open] == ["/", "/static/<name>", "/healthz"]
+    assert [route.path for route in TABLE if route.open] == ["/", "/static/<file>", "/healthz"]
 
 
 @guarded_route
@@ -473,7 +473,7 @@ def test_each_get_answers_with_its_keys(crew: Hive) -> None:
     assert {"diff", "files"} <= crew.api("GET", f"/api/approvals/{approval}").body["approval"].keys()
     assert crew.api("GET", "/api/deploys/1").body["deploy"]["log"]
     assert len(crew.api("GET", "/api/audit?max=5").body["audit"]) == 5
-    one = re.compile(r"<number:int>|<name>")
+    one = re.compile(r"<number:int>|<name>|<file>")
     gets = {one.sub("*", route.path) for route in TABLE if route.method == "GET"}
     tried = {re.sub(r"/\d+|/alice", "/*", path.partition("?")[0]) for path in keys}
     assert gets - tried == {"/", "/static/*", "/metrics", "/api/stream"}

@@ -57,7 +57,7 @@ def test_a_daemon_serves_each_path_by_the_methods_that_are_documented(crew: Hive
     for method, path in contract.OPERATIONS:
         methods[path].add(method)
     for path, expected in methods.items():
-        real = path.replace("/static/{name}", "/static/app.css").replace("{name}", "alice").replace("{number}", "1")
+        real = path.replace("/static/{file}", "/static/app.css").replace("{name}", "alice").replace("{number}", "1")
         for method in ("PUT", "OPTIONS", *({"GET", "POST"} - expected)):
             answer = crew.api(method, real, {} if method == "POST" else None)
             assert answer.status == 405, (method, path)

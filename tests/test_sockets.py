@@ -148,6 +148,11 @@ def test_a_row_of_approvals(crew: Hive) -> None:
     assert shown["note"] == "not now" and TIME.fullmatch(shown["resolved_at"])
 
 
+@pytest.mark.parametrize("path", ["copy.sqlite", "", "/tmp/copy\0.sqlite"])
+def test_a_backup_wants_a_whole_path(crew: Hive, path: str) -> None:
+    assert crew.ask(cmd="backup", path=path)["code"] == "bad_request"
+
+
 @pytest.mark.parametrize("verb", ["start", "stop"])
 def test_an_empty_scope_is_refused_and_never_everything(crew: Hive, verb: str) -> None:
     before = crew.ask(cmd="agent_status")
