@@ -172,14 +172,14 @@ class Hive:
         self.folder = folder / "hive"
         self.folder.mkdir(parents=True)
         self.state, self.run = self.folder / "state", self.folder / "run"
-        self.port = free_ports()
+        self.port = free_ports(AGENT_PORTS + 2)  # and no agent's page has that of the dashboard or the manager
         self.config = self.folder / "config.toml"
         self.configure(
             claude=REHEARSAL,
             rehearsal=True,
             manager_autostart=False,
-            manager_port=free_ports(),
-            agent_port_base=free_ports(AGENT_PORTS),
+            manager_port=self.port + 1,
+            agent_port_base=self.port + 2,
             **settings,
         )
         self.log = self.folder / "daemon.log"
@@ -294,7 +294,9 @@ class Hive:
 
     def spawn(self, *names: str, running: bool = False) -> Self:
         """Deploy these agents; unless `running`, stop them then: a test can speak at their sockets in their place."""
-        deploys = [self.ask(cmd="spawn", name=name)["deploy"] for name in names]
+        answers = [self.ask(cmd="spawn", name=name) for name in names]
+        assert all(answer["ok"] for answer in answers), answers
+        deploys = [answer["deploy"] for answer in answers]
         wait_for(lambda: all(self.phase(deploy) == "deployed" for deploy in deploys), f"the deploys of {names}")
         if not running:
             assert self.ask(cmd="stop", scope={"agent_names": names})["ok"]
