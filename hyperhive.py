@@ -1203,6 +1203,9 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     """
     ALTER TABLE approvals ADD COLUMN first_base_sha TEXT;               -- before something else was deployed meanwhile
     """,
+    """
+    CREATE INDEX messages_by_thread ON messages (in_reply_to) WHERE in_reply_to NOT NULL;
+    """,
 )
 
 
@@ -4581,6 +4584,16 @@ def holding(words: str) -> str:
     return "%" + re.sub(r"[\\%_]", r"\\\g<0>", as_stored) + "%"
 
 
+THREAD_SQL: Final = """
+    WITH RECURSIVE thread (id) AS (
+        SELECT ?
+        UNION SELECT messages.in_reply_to FROM messages JOIN thread USING (id) WHERE messages.in_reply_to NOT NULL
+        UNION SELECT messages.id FROM messages JOIN thread ON messages.in_reply_to = thread.id
+        LIMIT 500)
+    SELECT messages.* FROM messages JOIN thread USING (id) ORDER BY id
+"""
+
+
 class Views:
     def __init__(self, config: Config, store: Store, agents: Agents) -> None:
         self._config, self._store, self._agents = config, store, agents
@@ -4801,6 +4814,13 @@ class Views:
             most,
         )
         return [self._message(row) for row in reversed(rows)]
+
+    def thread(self, message: int) -> list[Json]:
+        """All that hangs together with a message by what answers what, oldest first."""
+        rows = self._store.rows(THREAD_SQL, message)
+        if not rows:
+            raise Refused("not_found", f"there is no message {message}")
+        return [self._message(row) for row in rows]
 
     @staticmethod
     def _message(row: sqlite3.Row) -> Json:
@@ -5305,9 +5325,7 @@ class Notifier:
         """The very thing in the dashboard. It holds no token: the browser has that."""
         if row["kind"] == "approval":
             return f"{self._config.home_url}#/approvals/{row['id']}"
-        if "agent" in row and row["kind"] != "question":
-            return f"{self._config.home_url}#/agents/{row['agent']}"
-        return f"{self._config.home_url}#/call"
+        return f"{self._config.home_url}#/call/{row['key']}"
 
     def _run(self) -> None:
         while not self._closed.is_set():
@@ -6724,6 +6742,7 @@ class Routes:
             get("/api/approvals/<number:int>/precheck", self.precheck),
             get("/api/approvals/<number:int>/files", lambda number: {"files": self._requests.files(number)}),
             get("/api/messages", self.messages, ("before", "max", "with")),
+            get("/api/messages/<number:int>/thread", lambda number: {"messages": self._s.views.thread(number)}),
             get("/api/questions", self.questions, ("status",)),
             get("/api/deploys", self.deploys, ("agent",)),
             get("/api/deploys/<number:int>", lambda number: {"deploy": self._s.views.deploy(number)}),

@@ -8,7 +8,7 @@ import { changed, connected, draw_with, is_running_phase, state, take } from "./
 import { banner, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
 import { approval_card, press } from "./approval.js";
 import { detail, forget_details } from "./detail.js";
-import { call_keys, call_view, load_past, past_view, waiting } from "./call.js";
+import { call_keys, call_view, load_past, past_view, show_card, waiting } from "./call.js";
 import { agents_brief, agents_view, load_kept } from "./agents.js";
 import { agent_view, agent_view_side, load_agent, show_agent } from "./agent.js";
 import { help_dialog, help_keys } from "./help.js";
@@ -26,7 +26,7 @@ import { load_system, system_view } from "./system.js";
 const usual_side = () => [agents_brief(), flow_brief()];
 
 const ROUTES = [
-  { path: /^\/call$/, tab: "call", view: call_view, keys: call_keys },
+  { path: /^\/call(?:\/([\w-]+))?$/, tab: "call", view: call_view, keys: call_keys, enter: show_card },
   { path: /^\/approvals$/, tab: "call", view: past_view, enter: load_past },
   {
     path: /^\/approvals\/(\d+)$/,

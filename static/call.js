@@ -48,6 +48,21 @@ function mark_card(rows) {
   marked = rows[0]?.key ?? "";
 }
 
+let sought; // a card that somebody followed a link to
+
+export function show_card(key) {
+  sought = key;
+}
+
+/** Once, when it is there: the page may have come before what it shows. */
+function bring(row, dom) {
+  if (row.key !== sought) return;
+  sought = undefined;
+  marked = row.key;
+  requestAnimationFrame(() => dom.scrollIntoView({ block: "start" }));
+  changed();
+}
+
 function choose(key) {
   if (marked === key) return;
   marked = key;
@@ -197,7 +212,10 @@ function card(row) {
     "data-card": row.key,
     class: `${is_new("attention", row.key) ? "new" : ""} ${keys ? "marked" : ""}`,
     onpointerdown: () => choose(row.key),
-    made: (dom) => dom.addEventListener("focusin", () => choose(row.key)),
+    made: (dom) => {
+      dom.addEventListener("focusin", () => choose(row.key));
+      bring(row, dom);
+    },
   };
   if (row.kind === "approval") return approval_card(pending_approval(row.id), { keys, ...props });
   if (row.kind === "question") return question_card(open_question(row.id), { keys, ...props });

@@ -12,10 +12,7 @@ const wanted = () => localStorage.getItem(STORED) === "yes";
 const is_on = () => offered() && wanted() && Notification.permission === "granted";
 
 /** The very thing in this page. */
-function place_of({ kind, id, agent }) {
-  if (kind === "approval") return `#/approvals/${id}`;
-  return agent && kind !== "question" ? `#/agents/${agent}` : "#/call";
-}
+const place_of = ({ kind, id, key }) => (kind === "approval" ? `#/approvals/${id}` : `#/call/${key}`);
 
 let known = null; // keys that were told of, or seen when the page came
 

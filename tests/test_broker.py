@@ -79,7 +79,7 @@ def bob(crew: Hive) -> Iterator[Line]:
 # ── sending ──
 
 
-def test_a_message_arrives_as_it_was_sent(alice: Line, bob: Line) -> None:
+def test_a_message_arrives_as_it_was_sent(crew: Hive, alice: Line, bob: Line) -> None:
     text = 'two lines\nwith "quotes", \\ and \u202e\x00\x1b[31m🐝'
     (first,) = send(alice, "bob", text)
     (got,) = lease(bob)
@@ -88,6 +88,10 @@ def test_a_message_arrives_as_it_was_sent(alice: Line, bob: Line) -> None:
     (second,) = send(bob, "alice", "an answer", in_reply_to=first)
     (got,) = lease(alice)
     assert (got["id"], got["in_reply_to"]) == (second, first)
+    (third,) = send(alice, "bob", "thanks", in_reply_to=second)
+    for of in (first, second, third):
+        rows = crew.api("GET", f"/api/messages/{of}/thread").body["messages"]
+        assert [row["id"] for row in rows] == [first, second, third]
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,17 @@
 """static/openapi.json: it is valid, it names exactly what the dashboard serves, and a real hive speaks as it says."""
 
-import http.server
 import re
 import subprocess
 import sys
-import threading
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import contract
 import openapi_spec_validator
 import pytest
+from fakes.receiver import Receiver
 from hive import ROOT, Answer, Hive, Line, wait_for
 from test_approvals import CONFIG, Source, approve, proposed
 from test_dashboard import TABLE, Stream
@@ -101,45 +99,22 @@ class Recorded(Hive):
         return answer.body
 
 
-@contextmanager
-def receiver() -> Iterator[str]:
-    """An address that takes notifications."""
-
-    class Taker(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Taker) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 def test_everything_that_a_hive_says_is_documented_and_the_other_way_round(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with receiver() as address:
-        settings = {"notify_url": address, "undo_s": 600.0, "daily_budget_usd": 5.0, "hive_daily_budget_usd": 50.0}
-        with Recorded(folder, **settings) as hive:
-            hive.spawn("manager", "alice", "bob", "gone")
-            with hive.agent("manager") as manager, hive.agent("alice") as alice, hive.agent("bob") as bob:
-                mail_of_each_kind(hive, manager, alice, bob)
-                reports_of_each_kind(alice, bob)
-                look_at_everything(hive)
-                requests_of_each_kind(hive, manager, Source(folder / "source"))
-                look_at_everything(hive)
-            a_life(hive)
-            a_deploy_that_fails(hive, monkeypatch)
+    settings = {"undo_s": 600.0, "daily_budget_usd": 5.0, "hive_daily_budget_usd": 50.0}
+    with Receiver() as receiver, Recorded(folder, notify_url=receiver.url, **settings) as hive:
+        hive.spawn("manager", "alice", "bob", "gone")
+        with hive.agent("manager") as manager, hive.agent("alice") as alice, hive.agent("bob") as bob:
+            mail_of_each_kind(hive, manager, alice, bob)
+            reports_of_each_kind(alice, bob)
             look_at_everything(hive)
-            mistakes(hive)
+            requests_of_each_kind(hive, manager, Source(folder / "source"))
+            look_at_everything(hive)
+        a_life(hive)
+        a_deploy_that_fails(hive, monkeypatch)
+        look_at_everything(hive)
+        mistakes(hive)
     for where in contract.OPERATIONS.keys() - {("GET", "/api/stream")}:
         assert 200 in hive.statuses[where], where
         documented = contract.OPERATIONS[where]["responses"].keys() & {"400", "404", "409"}
@@ -276,6 +251,7 @@ def look_at_everything(hive: Recorded) -> None:
     paths += [f"{path}/events" for path in paths]
     paths += [f"/api/approvals/{row['id']}" for row in rows["approvals"]]
     paths += [f"/api/deploys/{row['id']}" for row in rows["deploys"]]
+    paths += [f"/api/messages/{row['id']}/thread" for row in rows["messages"]]
     for path in paths:
         assert hive.api("GET", path).status == 200, path
 

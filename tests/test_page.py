@@ -518,3 +518,20 @@ def test_mail_that_was_set_aside_is_given_again(hive: Hive, tab: Tab) -> None:
         messages = bob.ask("lease", wait_s=20)["messages"]
         assert [(row["id"], row["attempts"]) for row in messages] == [(number, 1)]
         assert bob.ask("ack", ids=[number])["acked"] == 1
+
+
+def test_a_link_leads_to_the_very_thing(hive: Hive, open_tab: Callable[..., Tab]) -> None:
+    hive.spawn("alice", "bob")
+    for name in ("alice", "bob"):
+        with hive.agent(name) as agent:
+            last = [agent.ask("ask", question=f"Is this the {number} of {name}?")["id"] for number in range(8)][-1]
+    tab = open_tab(f"{hive.url}/#token={hive.token}")
+    expect(tab.page.get_by_role("heading", name="17 things wait for you")).to_be_visible()
+    tab.page.goto(f"{hive.url}/#/call/question-{last}")
+    tab.page.reload()
+    marked = tab.page.locator("article.card.marked")
+    expect(marked).to_contain_text("Is this the 7 of bob?")
+    expect(marked).to_be_in_viewport()
+    tab.go("call/question-1")
+    expect(marked).to_contain_text("Is this the 0 of alice?")
+    expect(marked).to_be_in_viewport()

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import http.server
 import re
 import sqlite3
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import browserbox
 import pytest
 from browserbox import Tab
+from fakes.receiver import Receiver
 from hive import ROOT, Hive, wait_for
 from playwright.sync_api import expect
 
@@ -26,37 +24,18 @@ NAMES = ("manager", "alice", "bob", "carol")
 VIEWS = ("call", "approvals", "approvals/1", "agents", "agents/alice", "flow", "deploys", "usage", "system", "search")
 
 
-class Receiver(http.server.BaseHTTPRequestHandler):
-    """Takes notifications, as ntfy would."""
-
-    def do_POST(self) -> None:
-        self.server.told.append(self.rfile.read(int(self.headers["Content-Length"])).decode())  # type: ignore[attr-defined]
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        pass
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as it:
+        yield it
 
 
 @pytest.fixture(scope="module")
-def receiver() -> Iterator[http.server.HTTPServer]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
-        server.told = []  # type: ignore[attr-defined]
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def team(receiver: http.server.HTTPServer) -> Iterator[Hive]:
+def team(receiver: Receiver) -> Iterator[Hive]:
     """One hive for the module: stopped agents that have talked, asked, spent, and want things."""
-    url = f"http://127.0.0.1:{receiver.server_port}/topic"
     with (
         tempfile.TemporaryDirectory(prefix="hh-", dir="/tmp") as place,
-        Hive(Path(place), notify_url=url, hive_daily_budget_usd=2) as hive,
+        Hive(Path(place), notify_url=receiver.url, hive_daily_budget_usd=2) as hive,
     ):
         hive.spawn(*NAMES)
         long = "He counts what the others have left behind, and writes it down for whoever asks."
@@ -217,11 +196,11 @@ def test_the_browser_tells_of_what_is_new_and_leads_to_it(team: Hive, open_tab: 
     expect(tab.page).to_have_url(re.compile(f"#/approvals/{number}$"))
 
 
-def test_a_notification_is_tried_out(tab: Tab, receiver: http.server.HTTPServer) -> None:
+def test_a_notification_is_tried_out(tab: Tab, receiver: Receiver) -> None:
     tab.go("system")
     tab.page.get_by_role("button", name="Send a test to notify_url").click()
     expect(tab.page.get_by_text("The test was delivered.")).to_be_visible()
-    assert any("This is a test" in text for text in receiver.told)  # type: ignore[attr-defined]
+    assert any("This is a test" in told.text for told in receiver.told)
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1380), ("dark", 390)])
