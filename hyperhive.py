@@ -3213,11 +3213,11 @@ CONF_EMPTIED: Final = (  # each of them, when it is there, makes a private netwo
     "HOST_BRIDGE",
     "HOST_PORT",
 )
-CONF_KEY: Final = re.compile(r"(?:[ \t\r\n]|[#;][^\r\n]*)*([^=\r\n]*)(=?)")
+CONF_KEY: Final = re.compile(r"(?:[ \t\r\n]|[#;][^\r\n]*)*((?:[^\r\n][^=\r\n]*)?)(=?)")
 CONF_PIECE: Final = re.compile(
     r"""[ \t]* (?: '(?P<single>[^']*) (?:'|\Z)
                  | "(?P<double>(?:\\.|[^"\\])*) (?:"|\\?\Z)
-                 | (?P<plain>(?:\\.|[^\\\r\n])+) \\?)""",
+                 | (?P<plain>(?=[^ \t])(?:\\.|[^\\\r\n])+) (?P<cut>\\?))""",
     re.VERBOSE | re.DOTALL,
 )
 BINDABLE: Final = re.compile(r"/[\w/.,+@=-]*", re.ASCII)
@@ -3246,7 +3246,8 @@ def _conf_value(text: str, at: int) -> tuple[str, int]:
         elif piece["double"] is not None:
             value += re.sub(r'\\(["\\`$])|\\\n', lambda found: found[1] or "", piece["double"])
         else:
-            bare = re.fullmatch(r"((?:\\.|[^\\])*?)[ \t]*", piece["plain"], re.DOTALL)
+            spaces = "" if piece["cut"] else r"[ \t]*"  # which stay before a backslash at the very end
+            bare = re.fullmatch(rf"((?:\\.|[^\\])*?){spaces}", piece["plain"], re.DOTALL)
             value += re.sub(r"\\(.)", lambda found: found[1].strip("\r\n"), bare[1] if bare else "", flags=re.DOTALL)
             break
     return value, at
@@ -7653,12 +7654,25 @@ def cli_show(cli: Cli) -> None:
             print(f"{key.replace('_', ' '):13} {visible(row[key])}")
     if "schedule" in row:
         print(f"{'schedule':13} {visible(json.dumps(row['schedule'], ensure_ascii=False))}")
+    if "first_base_sha" in row:
+        print(f"{'compared with':13} {row['base_sha']}, deployed after this was asked for")
+    if "precheck" in row:
+        show_precheck(row["precheck"])
     if row["diff"]:
         print()
         show_lines(row["diff"])
     if "error" in row:
         print("\nWhat went wrong:")
         show_lines(row["error"])
+
+
+def show_precheck(found: Json) -> None:
+    where = " at {path}:{line}".format(**found["at"]) if "at" in found else ""
+    why = f": {found['error']}" if "error" in found else ""
+    print(f"{'pre-check':13} {visible(found['state'].replace('_', ' ') + where + why)}")
+    for package in found.get("packages", []):
+        versions = f"{package.get('from', '–')} → {package.get('to', '–')}"
+        print(f"{'':13} {visible(package['name'])} {visible(versions)}, {package['bytes'] / 1024**2:+.1f} MiB")
 
 
 def cli_approve(cli: Cli) -> None:

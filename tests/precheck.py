@@ -85,5 +85,6 @@ def line_of(diff: str, at: dict[str, Any]) -> str:
 
 
 def builders() -> list[psutil.Process]:
-    """Of what would build for ever."""
-    return [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", FOR_EVER]]
+    """Of what would build for ever, with what is known of them."""
+    found = psutil.process_iter(["cmdline", "nice"])
+    return [process for process in found if process.info["cmdline"] == ["sleep", FOR_EVER]]

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from fakes.systemd import environment_file
 from hive import ROOT, listens, processes_of, wait_for
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nixos import NixosHive
 
@@ -62,9 +62,18 @@ def test_what_is_rendered_is_read_again_by_systemds_rules_and_by_ours(settings: 
     assert environment_file(render_conf(settings)) == settings
 
 
+@settings(max_examples=500)
 @given(st.text("AB=='\"\\\n \t#;$`x\r", max_size=40))
 def test_any_text_is_read_as_systemd_reads_it(text: str) -> None:
     assert parse_conf(text) == environment_file(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("x=a \\", "a "), ("x=\\", ""), ('x="a" \\', "a"), ('x="a\n', "a\n"), ("x=a  \\\n", "a  "), ("x=a  ", "a")],
+)
+def test_the_end_of_a_file_is_read_as_a_real_systemd_reads_it(text: str, value: str) -> None:
+    assert parse_conf(text) == environment_file(text) == {"x": value}
 
 
 @pytest.fixture

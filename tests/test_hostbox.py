@@ -288,13 +288,15 @@ def test_a_daemon_that_dies_in_the_middle_of_a_deploy_does_it_again(box: Box) ->
 
 # ── the keyboard ──
 
-# A Claude with a script for each side: the rehearsal for the harness, and for a person what ends as it is told to.
+# A Claude with a script for each side: the rehearsal for the harness, and for a person what ends as it is told to and
+# not without its terminal.
 CLAUDE = """\
 #!/bin/sh
 case "$*" in auth* | "-p "* | *" -p "*) exec hyperhive-harness rehearsal "$@" ;; esac
 [ -t 0 ] && [ -t 1 ] && echo "Claude at a terminal: $*"
-read -r status
-exit "$status"
+trap '' HUP
+read -r status && exit "$status"
+while :; do sleep 1; done
 """
 
 

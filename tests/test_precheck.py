@@ -137,6 +137,8 @@ def test_which_packages_change_and_by_how_much(hive: NixosHive) -> None:
     asked = hive.propose("alice", BIG)
     (package,) = verdict(hive, asked)["packages"]
     assert package["name"] == "nixos-system" and 2_900_000 < package["bytes"] < 3_100_000
+    shown = hive.cli("show", str(asked)).stdout.splitlines()
+    assert {"pre-check     ok", f"{'':13} nixos-system – → –, +2.9 MiB"} <= set(shown)
     deny(hive, asked)
 
 
@@ -154,6 +156,7 @@ def test_what_nix_says_of_a_first_config_is_shown_where_it_is(hive: NixosHive) -
     assert (found["state"], found["at"]) == ("failed", {"path": "agent.nix", "line": 2})
     assert found["error"] == "undefined variable 'oops'"
     assert "oops" in precheck.line_of(show(hive, asked)["diff"], found["at"])
+    assert "failed at agent.nix:2: undefined variable 'oops'" in hive.cli("show", str(asked)).stdout
     deny(hive, asked)
 
 
@@ -194,7 +197,7 @@ def test_one_at_a_time_at_low_priority_with_one_core(hive: NixosHive) -> None:
     first = hive.propose("alice", config(f'echo "cores $NIX_BUILD_CORES"; {precheck.HANGS.script}'))
     second = hive.propose("alice", BIG)
     wait_for(builders, "the build to begin")
-    assert [process.nice() for process in builders()] == [19]
+    assert [process.info["nice"] for process in builders()] == [19]
     assert verdict(hive, first, "running")["evaluates"]
     assert show(hive, second)["precheck"] == {"state": "waiting"}
     wait_for(lambda: "cores 1" in log(hive, first), "the log, while it runs")
@@ -217,6 +220,14 @@ def test_it_ends_with_its_request(hive: NixosHive, who: str) -> None:
     after = hive.propose("alice", BIG)
     assert verdict(hive, after)["state"] == "ok", "it holds nobody up"
     deny(hive, after)
+
+
+def test_it_ends_with_an_approval_too_and_the_deploy_has_its_own_priority(folder: Path) -> None:
+    with NixosHive(folder, precheck="build") as hive:
+        asked = hive.propose("alice", SLOW)
+        wait_for(builders, "the build to begin")
+        assert hive.ask(cmd="approve", id=asked)["ok"]
+        wait_for(lambda: [process.info["nice"] for process in builders()] == [0], "the build of the deploy")
 
 
 def test_it_ends_with_the_daemon_and_begins_again_with_it(folder: Path) -> None:
@@ -264,4 +275,5 @@ def test_it_is_done_again_when_something_else_was_deployed_meanwhile(hive: Nixos
         assert stale.status == 409 and stale.body["code"] == "stale"
         assert verdict(hive, request)["state"] == "ok"
     assert "# other" in show(hive, asked)["diff"]
+    assert "deployed after this was asked for" in hive.cli("show", str(asked)).stdout
     deny(hive, asked, inputs)

@@ -38,7 +38,7 @@ def environment_file(text: str) -> dict[str, str]:
     """systemd's `parse_env_file`, state by state."""
     values: dict[str, str] = {}
     state, key, value, spaces = "before key", "", "", 0
-    for char in text + "\n":
+    for char in text:
         newline = char in "\n\r"
         if state == "before key":
             if char in "#;":
@@ -88,8 +88,8 @@ def environment_file(text: str) -> dict[str, str]:
         elif state == "quoted escape":
             state = '"'
             value += char if char in '"\\`$' else "" if char == "\n" else "\\" + char
-    if state in ("'", '"'):  # a quote that never ended
-        values[key] = value.removesuffix("\n")
+    if state not in ("before key", "comment", "key"):  # the last line has no end, or a quote none
+        values[key] = value[: len(value) - spaces] if state == "value" else value
     return {key: value for key, value in values.items() if key.isidentifier() and key.isascii()}
 
 
