@@ -5,7 +5,7 @@ import { dollars, set_clock } from "./text.js";
 import { button, logo, panel, toggled } from "./parts.js";
 import { begin, get, post, Stream, take_token_from_address } from "./api.js";
 import { changed, connected, draw_with, state } from "./store.js";
-import { banner, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
+import { banner, connecting, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
 import { agent_main, agent_side } from "./agent.js";
 import { is_parked } from "./agents.js";
 import { Transcript } from "./transcript.js";
@@ -90,12 +90,7 @@ function top() {
 }
 
 function page() {
-  if (!agent)
-    return h(
-      "main",
-      { key: "main", class: "page" },
-      h("div", { class: "column-main" }, panel(null, h("p", { class: "empty" }, "Connecting…"))),
-    );
+  if (!agent) return connecting();
   return h(
     "div",
     { key: "page", class: "page wide" },

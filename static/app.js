@@ -5,7 +5,7 @@ import { dollars, plural } from "./text.js";
 import { button, heading, logo, panel, refusal, REHEARSAL, toggled } from "./parts.js";
 import { begin, post, Stream, take_token_from_address } from "./api.js";
 import { changed, connected, draw_with, is_running_phase, state, take } from "./store.js";
-import { banner, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
+import { banner, connecting, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
 import { approval_card, press } from "./approval.js";
 import { detail, forget_details } from "./detail.js";
 import { call_keys, call_view, load_past, past_view, show_card, waiting } from "./call.js";
@@ -193,12 +193,7 @@ function draw() {
 }
 
 function page(route, parts) {
-  if (!state.ready)
-    return h(
-      "main",
-      { key: "main", class: "page" },
-      h("div", { class: "column-main" }, panel(null, h("p", { class: "empty" }, "Connecting…"))),
-    );
+  if (!state.ready) return connecting();
   return h(
     "div",
     { key: "page", class: `page ${route.wide ? "wide" : ""}` },

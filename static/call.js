@@ -9,6 +9,7 @@ import { approval_card, approve_all, kind_words, press, request_words } from "./
 import { signin } from "./agent.js";
 import { is_parked } from "./agents.js";
 import { open_question, press_option, question_card } from "./question.js";
+import { is_first_run, is_first_step, welcome_card } from "./welcome.js";
 
 // What a notice points to is known here, too, and perhaps newer: then that counts.
 const HOLDS = {
@@ -168,41 +169,6 @@ function notice_buttons(row, agent) {
   ];
 }
 
-function first_card(row, props) {
-  const exists = agent_named("manager");
-  const start = () => (exists ? post("/api/agents/manager/start") : post("/api/agents", { name: "manager" }));
-  return h(
-    "article",
-    { ...props, class: `card ${props.class ?? ""}`, "aria-label": "Start the manager" },
-    h(
-      "header",
-      { class: "card-head" },
-      h("div", { class: "card-title" }, h("span", { class: "label" }, "Welcome"), h("h3", null, "the hive is empty")),
-    ),
-    h(
-      "div",
-      { class: "card-body prose" },
-      h(
-        "p",
-        null,
-        "It starts with one agent, the manager. You tell it what you need; it asks for further agents and for changes to them.",
-      ),
-      h("p", null, "Each request appears here with all that it would change. Nothing happens until you approve it."),
-    ),
-    h(
-      "div",
-      { class: "card-foot" },
-      h(
-        "div",
-        { class: "decide" },
-        h("p", { class: "dim" }, row.text),
-        button("start_manager", "Start the manager", start, { kind: "main" }),
-      ),
-      refusal("start_manager"),
-    ),
-  );
-}
-
 // ── The view ─────────────────────────────────────────────────────────────────────────────────────
 
 function card(row) {
@@ -217,9 +183,9 @@ function card(row) {
       bring(row, dom);
     },
   };
+  if (is_first_step(row)) return welcome_card(props);
   if (row.kind === "approval") return approval_card(pending_approval(row.id), { keys, ...props });
   if (row.kind === "question") return question_card(open_question(row.id), { keys, ...props });
-  if (row.kind === "start_manager") return first_card(row, props);
   return notice_card(row, props);
 }
 
@@ -251,7 +217,8 @@ export function call_view() {
     h(
       "div",
       { class: "cards" },
-      rows.length
+      is_first_run() && !rows.some(is_first_step) && welcome_card({}),
+      rows.length || is_first_run()
         ? first_screen(rows).map(card)
         : panel(
             null,

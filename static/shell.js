@@ -4,7 +4,7 @@ import { h } from "./dom.js";
 import { ago } from "./text.js";
 import { keep_token } from "./api.js";
 import { state } from "./store.js";
-import { logo } from "./parts.js";
+import { empty, logo, panel } from "./parts.js";
 
 // ── Without a token ──────────────────────────────────────────────────────────────────────────────
 
@@ -41,6 +41,14 @@ export function token_view(message, where, retry) {
       ),
       h("p", { class: "dim" }, where),
     ),
+  );
+}
+
+export function connecting() {
+  return h(
+    "main",
+    { key: "main", class: "page" },
+    h("div", { class: "column-main" }, panel(null, empty("Connecting…"))),
   );
 }
 

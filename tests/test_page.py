@@ -81,13 +81,36 @@ def test_a_token_that_was_changed_asks_for_the_new_one(hive: Hive, tab: Tab) -> 
 # ── requests ──
 
 
-def test_an_empty_hive_explains_itself_and_starts_the_manager(hive: Hive, tab: Tab) -> None:
+def test_an_empty_hive_explains_itself_in_three_steps(hive: Hive, tab: Tab) -> None:
+    welcome = tab.page.get_by_role("article", name="Welcome")
+    step = welcome.locator("ol.welcome > [aria-current=step]")
     expect(tab.page).to_have_title("(1) hyperhive")
-    tab.page.get_by_role("button", name="Start the manager").click()
-    expect(tab.page.get_by_text("Nothing waits for you")).to_be_visible()
+    expect(welcome.get_by_role("listitem")).to_have_count(3)
+    expect(step).to_contain_text("Start the manager")
+    step.get_by_role("button", name="Start the manager").click()
+    expect(step).to_contain_text("Ask it for something")  # a rehearsal is signed in
     expect(tab.page).to_have_title("hyperhive")
     expect(tab.page.get_by_role("complementary").get_by_role("link", name="manager")).to_be_visible()
-    assert row_of(hive, "manager")["manager"]
+    hive.cli("stop", "manager")
+    expect(step.get_by_role("button", name="Start the manager")).to_be_enabled()
+    step.get_by_role("button", name="Start the manager").click()
+    step.get_by_label("Write to manager").fill("Please look after the backups.")
+    step.get_by_role("button", name="Send to manager").click()
+    expect(welcome).to_have_count(0)
+    expect(tab.page.get_by_role("complementary")).to_contain_text("Please look after the backups.")
+
+
+def test_the_managers_sign_in_is_the_first_card(hive: Hive, tab: Tab) -> None:
+    spawn(hive, "manager")
+    with hive.agent("manager") as manager:
+        assert manager.ask("remind", body=rehearse({"fail": "authentication_failed"}), delay_s=1)["ok"]
+    welcome = tab.page.locator("article.card").first
+    expect(tab.page).to_have_title("(1) hyperhive")
+    expect(welcome.locator("ol.welcome > [aria-current=step]")).to_contain_text("Sign it in")
+    welcome.get_by_role("button", name="Sign manager in").click()
+    welcome.get_by_label("Code for manager").fill("right#state")
+    welcome.get_by_role("button", name="Finish").click()
+    expect(welcome.locator("ol.welcome > [aria-current=step]")).to_contain_text("Ask it for something")
 
 
 def test_a_request_is_read_and_approved_with_a_click(hive: Hive, tab: Tab) -> None:
