@@ -669,6 +669,8 @@ def load_config(file: str | None, **overrides: Any) -> Config:
     config = _typed(Config, table | {"limits": limits}, "")
     if config.containers not in ("nixos", "process"):
         raise Refused("usage", f"containers = {config.containers!r} is not known", 'there are "nixos" and "process"')
+    if not words_of(config.claude):
+        raise Refused("usage", f"claude = {config.claude!r} is no command")
     if config.notify_url and not config.notify_url.startswith(("https://", "http://")):
         raise Refused("usage", f"notify_url = {config.notify_url!r} is no http address")
     if config.precheck not in ("build", "eval", "off"):
@@ -683,6 +685,14 @@ def load_config(file: str | None, **overrides: Any) -> Config:
                 "choose a shorter runtime directory",
             )
     return config
+
+
+def words_of(command: str) -> list[str]:
+    """A command line as its words; none where a quotation does not end."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
 
 
 def _typed(cls: type[T], table: Json, where: str) -> T:
@@ -7896,7 +7906,7 @@ def doctor_daemon(config: Config) -> Iterator[Json]:
 
 
 def doctor_processes(config: Config) -> Iterator[Json]:
-    claude = shutil.which(shlex.split(config.claude)[0])
+    claude = shutil.which(words_of(config.claude)[0])
     found = claude or f"{config.claude} is missing"
     yield finding("Claude Code", found, "install it, or set `claude`", ok=bool(claude))
 

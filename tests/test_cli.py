@@ -173,6 +173,8 @@ def test_usage_errors_that_the_parser_does_not_see(crew: Hive, folder: Path) -> 
         "[limits]\nunread = true": "unread",
         "=": "can't be read",
         "containers = 'magic'": "magic",
+        "claude = ' '": "no command",
+        'claude = "claude \'"': "no command",
     }.items():
         bad.write_text(text)
         assert word in refused(crew, "--config", str(bad), "list", status=2)
