@@ -133,6 +133,6 @@ function line_words({ kind, data, at }) {
   if (kind === "compaction")
     return `${clock(at, true)}  The conversation was compacted${data.pre_tokens ? ` from ${count(data.pre_tokens)}` : ""}${data.post_tokens ? ` to ${count(data.post_tokens)} tokens` : ""}.`;
   if (kind === "state")
-    return `${clock(at, true)}  ${data.state.replace("_", " ")}${data.reason ? `: ${data.reason}` : ""}${data.until ? ` until ${clock(data.until)}` : ""}`;
+    return `${clock(at, true)}  ${data.state.replace("_", " ")}${data.until ? ` until ${clock(data.until)}` : ""}${data.reason ? `: ${data.reason}` : ""}`;
   return `${clock(at, true)}  ${data.text ?? kind}`;
 }

@@ -14,6 +14,7 @@ import { draw_step, path_to, step_row, steps_of, unfold } from "./steps.js";
 const OPEN_TURNS = 3;
 const TURNS_SHOWN = 200;
 const STEPS_SHOWN = 150;
+const STEPS_BEFORE = 10; // shown before one that was found
 const PAGE = 500;
 const KEPT_CHARACTERS = 16e6; // a page that is left open for days forgets what is oldest
 const EVENT_CHARACTERS = 300; // what an event takes beside its data
@@ -191,10 +192,12 @@ export class Transcript {
     const key = this.key_of(turn);
     this.shown = Math.max(this.shown, turns.length - index + 5);
     toggle(key, true);
-    const path = path_to(steps_of(turn.events), id);
+    const steps = steps_of(turn.events);
+    const path = path_to(steps, id);
     if (!path.length) return;
     unfold(path);
-    toggle(`${key}:from`, Math.min(toggled(`${key}:from`, Infinity), path[0].event));
+    const place = steps.indexOf(path[0]);
+    if (place < hidden_steps(key, steps)) toggle(`${key}:from`, steps[Math.max(0, place - STEPS_BEFORE)].event);
   }
 
   key_of = (turn) => `${this.key}:${turn.number}`;

@@ -151,6 +151,93 @@ def test_what_a_sub_agent_does_stands_below_its_call(team: Hive, open_tab: Calla
     expect(outer.locator(".tool")).to_contain_text("2 pictures")
 
 
+NASTY = (
+    "<img src=x onerror=alert(1)><script>alert(2)</script> [x](javascript:alert(3)) javascript:alert(4)"
+    " https://evil.invalid/\u202egnp.exe \x1b[31mred\x1b[0m \x1b]8;;https://evil.invalid\x07link\x1b]8;;\x07"
+    " \u202eesrever\u2066 \x00\x07\x7f\u200b \ud83d\udc1d `</code>` ${1} {{1}}\n```\n<b>\n```\n"
+)
+LONG = "W" * (64 << 10)
+
+
+def nasty_events() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every kind of event, with such texts wherever a text may stand, and calls that claim to be their own parents."""
+    mail = {"id": 1, "from": "<b>bob</b>", "to": "bob", "body": NASTY + LONG, "at": NASTY, "via": NASTY}
+    yield "turn_start", {"messages": [mail]}
+    for kind in ("thinking", "text"):
+        yield kind, {"text": NASTY + LONG}
+    for name in ("Bash", "Edit", "Write", "Task", "mcp__hive__send", NASTY):
+        keys = ("command", "file_path", "old_string", "new_string", "content", "description", "to", "body", NASTY)
+        yield "tool_call", {"tool_use_id": name, "name": name, "input": dict.fromkeys(keys, NASTY), "parent": name}
+        pictures = [
+            {"type": "image/svg+xml", "data": DOT},
+            {"type": "image/png", "data": '"><script>alert(5)</script>'},
+            {"type": "text/html", "data": "PHNjcmlwdD5hbGVydCgxKTwvc2NyaXB0Pg=="},
+        ]
+        output = {"tool_use_id": name, "output": NASTY + LONG, "is_error": name == "Bash", "parent": name}
+        yield "tool_result", output | {"images": 3, "pictures": pictures}
+    yield "tool_result", {"tool_use_id": "never called", "output": "diff --git a/x b/x\n@@ -1 +1 @@\n+" + NASTY}
+    yield "compaction", {"pre_tokens": NASTY, "post_tokens": NASTY}
+    yield "note", {"text": NASTY}
+    yield "state", {"state": "failed", "reason": NASTY, "until": NASTY}
+    yield NASTY[:39], {"text": NASTY}
+    yield "turn_end", {"outcome": "failed", "reason": NASTY, "class": "constructor"}
+
+
+@pytest.mark.parametrize("width", [1380, 360])
+def test_what_an_agent_says_stays_text(team: Hive, open_tab: Callable[..., Tab], width: int) -> None:
+    rows = [
+        {"id": number, "at": "2026-01-01T00:00:00Z", "turn": width, "kind": kind, "data": data}
+        for number, (kind, data) in enumerate(nasty_events(), 1000 * (2000 - width))
+    ]
+    with team.agent("bob") as bob:
+        answer = bob.ask("report", events=rows)
+        assert answer["ok"], answer
+        usage = dict.fromkeys(("input_tokens", "output_tokens", "cache_read_tokens", "cache_creation_tokens"), 1)
+        sums = {"turn": f"nasty{width}", "duration_ms": 1, "cost_usd": 0.1, "model": NASTY[:150]}
+        assert bob.ask("report", usage=usage | sums)["ok"]
+    with team.agent("alice") as alice:
+        assert alice.ask("set_status", text=NASTY[:200])["ok"]
+    tab = open_tab(f"{team.url}/#token={team.token}", viewport={"width": width, "height": 800})
+    page = tab.page
+    tab.go("agents/bob")
+    turn = page.get_by_role("region", name=f"Turn {width}")
+    expect(turn).to_contain_text("The turn failed: <img")
+    page.evaluate(
+        """async () => {
+          for (let folded = [null]; folded.length; ) {
+            folded = [...document.querySelectorAll(".transcript [aria-expanded=false]")];
+            folded.forEach((button) => button.click());
+            await new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
+          }
+        }"""
+    )
+    expect(turn).to_contain_text("alert(2)</script> [x](javascript:alert(3))")
+    harmless(tab)
+    for view in ("agents", "usage"):
+        tab.go(view)
+        expect(page.locator(".heading").first).to_contain_text(view.capitalize())
+        harmless(tab)
+    with team.agent("alice") as alice:
+        assert alice.ask("set_status", text="")["ok"]
+
+
+def harmless(tab: Tab) -> None:
+    """Nothing but text came of it; that no script ran and nothing was asked for elsewhere, the tab notes itself."""
+    found = tab.page.evaluate(
+        r"""() => ({
+          foreign: [...document.querySelectorAll("main *")].map((dom) => dom.localName)
+            .filter((name) => /^(script|iframe|object|embed|b|img|link|style|form)$/.test(name)),
+          addresses: [...document.querySelectorAll("a[href]")].map((dom) => dom.protocol)
+            .filter((name) => !/^https?:$/.test(name)),
+          unsafe: [...document.querySelectorAll("a[target]")].filter((dom) => dom.rel !== "noopener noreferrer").length,
+          unseen: /[\x00-\x08\x0b-\x1f\x7f\u200b\u202a-\u202e\u2066-\u2069]/.test(document.body.textContent),
+          sideways: document.documentElement.scrollWidth - innerWidth,
+        })"""
+    )
+    found["foreign"] = [name for name in found["foreign"] if name != "b"]  # a tool's name is bold
+    assert found == {"foreign": [], "addresses": [], "unsafe": 0, "unseen": False, "sideways": 0}
+
+
 def test_a_limit_says_when_it_goes_on_by_itself(team: Hive, tab: Tab) -> None:
     """The last but one here: the mail that fails so is kept, and tried again after each limit."""
     team.cli("send", "alice", rehearse({"fail": "rate_limit", "resets_in_s": 30}))
@@ -220,6 +307,7 @@ def test_find_reaches_what_is_folded_and_what_is_not_loaded(
             expect(find.get_by_role("status")).to_contain_text(place)
             hit = page.get_by_role("region", name=f"Turn {turn}")
             expect(hit.get_by_text(words).last).to_be_in_viewport()
+            expect(hit.get_by_text(f"request {turn}")).to_have_count(1)  # nothing was folded away for it
         assert page.evaluate("[...CSS.highlights.get('find-here')].map(String)") == ["Needle"]
         expect(page.get_by_role("button", name=re.compile("events not loaded")).first).to_be_attached()
         expect(page.get_by_role("region", name="Turn 1300")).to_have_count(0)
