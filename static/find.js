@@ -7,6 +7,7 @@ import { act, draft, field, is_busy, plain, refusal, set_draft, toggle, toggled 
 import { changed } from "./store.js";
 
 const PAGE = 100; // events that are asked for at once
+const AROUND = 60; // events that are shown with a hit which stands alone
 const HERE = "find-here";
 
 /** Every text of an event that a page shows somewhere. */
@@ -76,9 +77,9 @@ export class Find {
 
   // ── Stepping ───────────────────────────────────────────────────────────────────────────────────
 
-  newer() {
+  async newer() {
     const next = this.hits().find((id) => id > this.at);
-    if (next) this.go(next);
+    if (next) await this.go(next);
   }
 
   /** The next one towards the beginning; what is not loaded is asked for until there is one, or no more. */
@@ -101,8 +102,9 @@ export class Find {
     this.looked_to = this.beyond ? rest.before : number < PAGE ? 1 : oldest;
   }
 
-  go(id) {
+  async go(id) {
     this.at = id;
+    if (!this.transcript.has_around(id)) await this.transcript.fetch(id + AROUND / 2, AROUND);
     this.transcript.reveal(id);
     requestAnimationFrame(() => requestAnimationFrame(() => this.point_out(id)));
   }
@@ -130,11 +132,12 @@ export class Find {
   draw() {
     if (!this.open) return null;
     const older = () => act(this.key, "Older", () => this.older());
+    const newer = () => act(this.key, "Newer", () => this.newer());
     const onkeydown = (event) => {
       if (event.key === "Escape") this.hide();
       if (event.key !== "Enter" || event.isComposing) return;
       event.preventDefault();
-      if (event.shiftKey) this.newer();
+      if (event.shiftKey) newer();
       else older();
     };
     return h(
@@ -144,8 +147,8 @@ export class Find {
         "div",
         { class: "decide" },
         field(this.key, { label: "Find", class: "field small grow", maxlength: "200", oninput: this.on_input, onkeydown }),
-        plain("Older", older, { kind: "small", disabled: is_busy(this.key) || !this.words }),
-        plain("Newer", () => this.newer(), { kind: "small", disabled: !this.words }),
+        plain("Older", older, { kind: "small", disabled: !this.words }),
+        plain("Newer", newer, { kind: "small", disabled: !this.words }),
         plain("Close", () => this.hide(), { kind: "small quiet" }),
       ),
       h("p", { class: "dim", role: "status" }, this.words && this.outcome()),

@@ -127,6 +127,8 @@ export class Transcript {
     return null;
   }
 
+  has_around = (id) => this.ids.has(id - 1) && (this.ids.has(id + 1) || id === this.last_id);
+
   /** The newest page again, after a connection was lost. */
   refresh(events) {
     this.add(events);
