@@ -14,7 +14,7 @@ import { agent_view, agent_view_side, load_agent, show_agent } from "./agent.js"
 import { help_dialog, help_keys } from "./help.js";
 import { tell_news } from "./notify.js";
 import { load_search, search_view } from "./search.js";
-import { flow_brief, flow_view, mark_read, unread_count } from "./flow.js";
+import { flow_brief, flow_view, load_thread, mark_read, unread_count } from "./flow.js";
 import { deploys_view } from "./deploys.js";
 import { load_usage, usage_view } from "./usage.js";
 import { load_system, system_view } from "./system.js";
@@ -50,6 +50,7 @@ const ROUTES = [
     tab: "flow",
     view: (id) => flow_view(Number(id)),
     side: agents_brief,
+    enter: load_thread,
     follows: true,
   },
   { path: /^\/deploys$/, tab: "deploys", view: deploys_view },

@@ -15,7 +15,7 @@ import {
   toggle,
   toggled,
 } from "./parts.js";
-import { add_older_messages, is_new, state } from "./store.js";
+import { add_older_messages, changed, is_new, state } from "./store.js";
 import { get, post, send_message } from "./api.js";
 import { composer } from "./composer.js";
 import { talk_graph } from "./graph.js";
@@ -85,9 +85,25 @@ function route(message) {
 
 const filter = () => toggled("flow:with", "");
 
+const threads = new Map(); // by the message that was asked for: what the host has of it, however old
+
+/** Called when one comes to the view of a thread. */
+export function load_thread(id) {
+  if (!id) return;
+  get(`/api/messages/${id}/thread`)
+    .then(({ messages }) => threads.set(Number(id), messages))
+    .catch(() => threads.set(Number(id), []))
+    .finally(changed);
+}
+
+function known_of(id) {
+  const here = new Set(state.messages.map((message) => message.id));
+  return [...(threads.get(id) ?? []).filter((message) => !here.has(message.id)), ...state.messages];
+}
+
 /** All messages that hang together with `id` by what answers what; the copies of one count as that one. */
 function thread_of(id) {
-  const messages = together(state.messages);
+  const messages = together(known_of(id));
   const shown_as = new Map(messages.flatMap((message) => copies_of(message).map((copy) => [copy.id, message.id])));
   const as_shown = (number) => shown_as.get(number) ?? number;
   const members = new Set([as_shown(id)]);
@@ -112,19 +128,23 @@ function shown_messages(thread) {
 
 // ── Older ones ───────────────────────────────────────────────────────────────────────────────────
 
-const PAGE = 200;
 const FEW = 100; // a snapshot has as many, if there are
-const reached_start = new Set();
-const at_start = () => state.messages.length < FEW || reached_start.has("") || reached_start.has(filter());
+let very_first = 0;
+export const at_start = () => state.messages.length < FEW || state.messages[0].id === very_first;
 
-async function earlier() {
-  const name = filter();
-  const first = shown_messages(null)[0]?.id ?? state.messages[0]?.id;
-  const { messages } = await get(
-    `/api/messages?max=${PAGE}${first ? `&before=${first}` : ""}${name ? `&with=${name}` : ""}`,
-  );
-  if (messages.length < PAGE) reached_start.add(name);
+/** The next older ones, whoever wrote them: what is here has no holes. */
+export async function load_older(most) {
+  const first = state.messages[0]?.id;
+  const { messages } = await get(`/api/messages?max=${most}${first ? `&before=${first}` : ""}`);
   add_older_messages(messages);
+  if (messages.length < most) very_first = state.messages[0]?.id;
+}
+
+/** Until one is there that the filter lets through. */
+async function earlier() {
+  const shown = shown_messages(null).length;
+  do await load_older(filter() ? 1000 : 200);
+  while (shown_messages(null).length === shown && !at_start());
 }
 
 // ── Reading ──────────────────────────────────────────────────────────────────────────────────────
@@ -245,9 +265,8 @@ function compose(thread) {
 }
 
 function filter_field() {
-  const names = [...new Set(state.messages.flatMap((message) => [message.from, message.to]))]
-    .filter((name) => name !== "*")
-    .sort();
+  const agents = state.agents.map((agent) => agent.name);
+  const names = [...new Set([...agents, ...state.messages.flatMap((message) => [message.from, message.to])])].sort();
   return h(
     "label",
     null,
@@ -259,6 +278,12 @@ function filter_field() {
       names.map((name) => h("option", { key: name, value: name, selected: filter() === name }, who(name))),
     ),
   );
+}
+
+function nothing_in(thread) {
+  if (!thread && filter()) return `No message with ${who(filter())} among these.`;
+  if (!thread) return "No message yet. What agents write to each other and to you appears here as it happens.";
+  return threads.has(thread) ? `There is no message #${thread}.` : "Loading…";
 }
 
 export function flow_view(thread) {
@@ -276,7 +301,6 @@ export function flow_view(thread) {
     panel(
       { class: "flow" },
       !thread &&
-        messages.length > 0 &&
         !at_start() &&
         h(
           "div",
@@ -284,8 +308,7 @@ export function flow_view(thread) {
           button("flow:earlier", "Earlier…", earlier, { kind: "small" }),
           refusal("flow:earlier"),
         ),
-      messages.length === 0 &&
-        empty("No message yet. What agents write to each other and to you appears here as it happens."),
+      messages.length === 0 && empty(nothing_in(thread)),
       messages.map((message) =>
         memo(message.id, [states_of(message), message.attempts, message.to, is_new("message", message.id)], () =>
           message_row(message),

@@ -3,36 +3,29 @@
 import { h } from "./dom.js";
 import { clock, plural, prose_preview, you_or } from "./text.js";
 import { button, draft, empty, field, heading, panel, refusal, set_draft } from "./parts.js";
-import { add_older_messages, changed, state } from "./store.js";
+import { changed, state } from "./store.js";
 import { get } from "./api.js";
 import { request_words } from "./approval.js";
-import { together } from "./flow.js";
+import { at_start, load_older, together } from "./flow.js";
 
 const PAGE = 1000;
 const SHOWN = 100;
 const KEY = "search";
-const known = { approvals: [], audit: [], messages_end: false, audit_end: false, error: null };
+const known = { approvals: [], audit: [], audit_end: false, error: null };
 
 export async function load_search() {
   try {
     const [{ approvals }, { audit }] = await Promise.all([get("/api/approvals"), get(`/api/audit?max=${PAGE}`)]);
     Object.assign(known, { approvals, audit, audit_end: audit.length < PAGE, error: null });
-    if (state.messages.length < PAGE) await older_messages();
+    if (state.messages.length < PAGE && !at_start()) await load_older(PAGE);
   } catch (error) {
     known.error = error;
   }
   changed();
 }
 
-async function older_messages() {
-  const first = state.messages[0]?.id;
-  const { messages } = await get(`/api/messages?max=${PAGE}${first ? `&before=${first}` : ""}`);
-  known.messages_end = messages.length < PAGE;
-  add_older_messages(messages);
-}
-
 async function further_back() {
-  if (!known.messages_end) await older_messages();
+  if (!at_start()) await load_older(PAGE);
   if (known.audit_end) return;
   const oldest = Math.min(...known.audit.map(({ id }) => id));
   const { audit } = await get(`/api/audit?max=${PAGE}&before=${oldest}`);
@@ -113,7 +106,7 @@ export function search_view() {
               h("span", { class: "dim" }, clock(at)),
             ),
           ),
-        (!known.messages_end || !known.audit_end) &&
+        (!at_start() || !known.audit_end) &&
           h("div", { class: "earlier" }, button("search", "Look further back", further_back, { kind: "small" })),
         refusal("search"),
       ),

@@ -558,3 +558,31 @@ def test_a_link_leads_to_the_very_thing(hive: Hive, open_tab: Callable[..., Tab]
     tab.go("call/question-1")
     expect(marked).to_contain_text("Is this the 0 of alice?")
     expect(marked).to_be_in_viewport()
+
+
+def test_a_thread_is_whole_however_old_and_earlier_leaves_no_hole(crew: Hive, open_tab: Callable[..., Tab]) -> None:
+    with crew.agent("alice") as alice, crew.agent("bob") as bob:
+        first = alice.ask("send", to="bob", body="How long is a piece of string?")["id"]
+        for number in range(250):
+            bob.ask("send", to="operator", body=f"line {number}")
+        second = crew.ask(cmd="send", to="alice", body="Twice half of it.", in_reply_to=first)["id"]
+        for number in range(150):
+            bob.ask("send", to="operator", body=f"row {number}")
+    tab = open_tab(f"{crew.url}/#token={crew.token}")
+    tab.expected.append("404")
+    messages = tab.page.locator("article.message")
+    for number in (first, second):
+        tab.page.goto(f"{crew.url}/#/flow/thread/{number}")
+        tab.page.reload()
+        expect(messages).to_have_count(2)
+        expect(messages.first).to_contain_text("How long is a piece of string?")
+    tab.go("flow/thread/999999")
+    expect(tab.page.get_by_text("There is no message #999999.")).to_be_visible()
+    tab.go("flow")
+    tab.page.get_by_label("with").select_option("alice")
+    expect(messages).to_have_count(0)
+    tab.page.get_by_role("button", name="Earlier…").click()
+    expect(messages).to_have_count(2)
+    tab.page.get_by_label("with").select_option("")
+    expect(messages).to_have_count(len(crew.api("GET", "/api/messages?max=1000").body["messages"]))
+    expect(tab.page.get_by_role("button", name="Earlier…")).to_have_count(0)
