@@ -50,6 +50,15 @@ def test_it_names_every_route_with_what_it_takes() -> None:
     assert documented == served
 
 
+def test_each_operation_has_the_refusals_that_all_have() -> None:
+    for (method, path), operation in contract.OPERATIONS.items():
+        expected = {"200", "400", "403", "431", "500"}
+        expected |= set() if operation.get("security") == [] else {"401", "429"}
+        expected |= {"413", "415", "507"} if method == "POST" else set()
+        assert expected <= operation["responses"].keys(), (method, path)
+        assert method == "GET" or operation["requestBody"]["required"], path  # a type must be named at least
+
+
 def test_a_daemon_serves_each_path_by_the_methods_that_are_documented(crew: Hive) -> None:
     methods = defaultdict(set)
     for method, path in contract.OPERATIONS:
