@@ -1289,15 +1289,47 @@ class Session:
             log(f"{self.path} is not saved: {problem}")
 
 
+def transcripts(claude_folder: Path, session: str) -> list[Path]:
+    """Claude's own record of a session: one file, if it is there."""
+    is_known = re.fullmatch(r"[0-9a-f-]{36}", session)
+    return list(claude_folder.glob(f"projects/*/{session}.jsonl")) if is_known else []
+
+
+PLACE_MARK: Final = b'{"type":"last-prompt"'
+
+
+def mark_place(claude_folder: Path, session: str) -> None:
+    """Notes in a transcript where its conversation stands.
+
+    Claude does so itself when it ends in order, and goes on there. One that was killed has not: it would go on where
+    an earlier one ended, without all that was said since.
+    """
+    for path in transcripts(claude_folder, session):
+        with contextlib.suppress(OSError, HarnessError):
+            content = path.read_bytes()
+            _, found, since = content.rpartition(PLACE_MARK)
+            mark, *lines = since.splitlines() or [b""]
+            if found and (last := last_said(lines)):
+                place = {**parse_json(PLACE_MARK + mark, "a mark of the transcript").value, "leafUuid": last}
+                with path.open("ab") as file:
+                    file.write((b"" if content.endswith(b"\n") else b"\n") + encode(place) + b"\n")
+
+
+def last_said(lines: Iterable[bytes]) -> str | None:
+    """The uuid of the last entry of the conversation among these lines; the last line may be half of one."""
+    said = [line for line in lines if b'"isSidechain":false' in line and line.endswith(b"}")]
+    entries = [parse_json(line, "a line of the transcript") for line in said]
+    uuids = [entry.text("uuid") for entry in entries if entry.value.get("type") in ("user", "assistant")]
+    return uuids[-1] if uuids else None
+
+
 def headings_in(claude_folder: Path, session: str) -> set[str]:
     """The headings of all mail that stands in a session's conversation, since that was compacted last.
 
-    The only reader of Claude's own files. What it does not recognise there is given again, in full.
+    What is not recognised there is given again, in full.
     """
     found: set[str] = set()
-    if not re.fullmatch(r"[0-9a-f-]{36}", session):
-        return found
-    for path in claude_folder.glob(f"projects/*/{session}.jsonl"):
+    for path in transcripts(claude_folder, session):
         with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 if '"compact_boundary"' in line or "[message " in line:
@@ -2145,6 +2177,7 @@ class Agent:
             prompt_file=write_for_claude(self.config.prompt_file, system_prompt(self.config, self.hello)),
             servers_file=write_for_claude(self.config.servers_file, as_servers(servers)) if servers else None,
         )
+        mark_place(self.config.claude_folder, session)
         process = ClaudeProcess(self.config, launch, self.hello.name, self.inbox)
         self._note(f"Session {session} {'resumed' if launch.resume else 'begun'} (process {process.pid}).")
         return process
@@ -3637,6 +3670,7 @@ def run_interactive(config: Config) -> int:
         prompt_file=config.prompt_file,
         servers_file=write_for_claude(config.attached_file, as_servers({**extra_servers(config), "hive": own})),
     )
+    mark_place(config.claude_folder, launch.session)
     marks = {SESSION_MARK: launch.session, "HYPERHIVE_NAME": session.name}
     argv = [*config.claude, *launch.options()]
     os.chdir(config.state)

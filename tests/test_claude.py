@@ -265,6 +265,20 @@ def test_a_claude_that_dies(harness: Harness) -> None:
     recovered(harness, message, blamed=1)
 
 
+def test_a_claude_that_was_ended_and_later_killed_goes_on_from_where_it_was_last(harness: Harness, api: Api) -> None:
+    host = harness.host
+    for number, blow in enumerate((signal.SIGTERM, signal.SIGKILL)):
+        host.wait_acked(host.put(f"before blow {number}"))
+        mark = harness.folder / f"tool-{number}"
+        message = host.put(script(shell(f"test -e {mark} || {{ touch {mark}; sleep 300; }}"), {"text": "Done."}))
+        wait_for(mark.exists, "the tool")
+        wait_for(lambda path=mark: str(path) in transcript_of(harness), "the call to be written down")
+        os.kill(harness.claude_pid(), blow)
+        host.wait_acked(message)
+    host.wait_acked(host.put("after both"))
+    assert [api.said().count(f"> {text}") for text in ("before blow 0", "before blow 1", "after both")] == [1, 1, 1]
+
+
 def test_a_claude_that_prints_what_is_not_its_protocol(folder: Path) -> None:
     command = folder / "claude-with-a-greeting"
     command.write_text(f'#!/bin/sh\ntest -e {folder}/quiet || echo "Welcome."\nexec {CLAUDE} "$@"\n')

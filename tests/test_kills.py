@@ -3,10 +3,11 @@
 import json
 import random
 import re
+import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 from typing import Any
@@ -51,20 +52,24 @@ class Trial:
         states = {message["id"]: message["state"] for message in messages}
         return all(states[one] == "acked" for one in self.sent)
 
+    def turns(self) -> int:
+        with closing(sqlite3.connect(self.state / "hyperhive-events.sqlite")) as db:
+            return int(db.execute("SELECT count(DISTINCT turn) FROM events WHERE kind = 'turn_start'").fetchone()[0])
+
     def session(self) -> str:
         return str(json.loads((self.state / "session.json").read_text())["session"])
 
-    def strike(self) -> None:
-        """One of the three gets one of two signals; whoever should be there again is given the time to be."""
+    def strike(self) -> str:
+        """One of the three gets one of two signals; a daemon is there again at once. Says who got which."""
         how = self.chance.choice([SIGTERM, SIGKILL])
         who = self.chance.choice(["harness", "claude", "claude", "daemon"])
         if who == "daemon":
             (self.hive.kill if how == SIGKILL else self.hive.stop)()
             self.hive.start()
-            return
-        for process in self.harness() if who == "harness" else self.claude():
+        for process in {"harness": self.harness, "claude": self.claude, "daemon": list}[who]():
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(how)
+        return f"{how.name} {who}"
 
     def harness(self) -> list[psutil.Process]:
         note = self.hive.run / "processes/alice.json"
@@ -76,17 +81,20 @@ class Trial:
         return [one for harness in self.harness() for one in harness.children()]
 
 
-def survive(trial: Trial, bodies: Iterator[str], every: int) -> str:
-    """Send all of it under blows, wait until all is done, and return the session, which is still the first."""
-    trial.send(next(bodies))
+def survive(trial: Trial, order: Callable[[int], str], turns: int) -> str:
+    """So many turns under blows, at random moments, until all of the mail is done. Returns the session, the first."""
+    trial.send(order(0))
     wait_for(trial.settled, "the first turn", timeout_s=30)
-    session = trial.session()
-    for number, body in enumerate(bodies, 1):
-        trial.send(body)
-        time.sleep(trial.chance.random() * 0.2)
-        if number % every == 0:
-            trial.strike()
+    session, struck = trial.session(), Counter[str]()
+    while trial.turns() < turns:
+        trial.send(order(len(trial.sent)))
+        time.sleep(trial.chance.random() * 0.5)  # into the turn, into its tool, or into the turn after it
+        if trial.chance.random() < 0.25:
+            struck[trial.strike()] += 1
+        if trial.chance.random() < 0.5:
+            wait_for(trial.settled, "the mail so far", timeout_s=60)
     wait_for(trial.settled, "all of the mail", timeout_s=60)
+    print(f"{trial.turns()} turns, {len(trial.sent)} messages, {dict(struck)}")
     assert trial.session() == session
     trial.hive.stop()
     assert not processes_of(trial.hive.folder)
@@ -97,23 +105,27 @@ def numbers_in(texts: list[str]) -> Counter[int]:
     return Counter(int(number) for text in texts for number in re.findall(r"^\[message (\d+) from", text, re.MULTILINE))
 
 
+@pytest.mark.timeout(400)
 def test_a_hundred_turns_under_blows(folder: Path, seed: int) -> None:
     with Hive(folder, limits=LIMITS) as hive:
         trial = Trial(hive.spawn("alice", running=True), seed)
         done = folder / "done"
-        commands = (f"sleep 0.05; echo {number} >> {done}" for number in range(100))
-        steps = ({"tool": "Bash", "input": {"command": command}} for command in commands)
-        session = survive(trial, (rehearse(step) for step in steps), every=4)
+
+        def order(number: int) -> str:
+            return rehearse({"tool": "Bash", "input": {"command": f"sleep 0.2; echo {number} >> {done}"}})
+
+        session = survive(trial, order, 100)
         (transcript,) = (hive.state / "agents/alice/claude/projects/rehearsal").iterdir()
         assert transcript.stem == session
         said = [json.loads(line)["message"]["content"] for line in transcript.read_text().splitlines()]
         assert numbers_in(said) == Counter(trial.sent)
-        assert set(map(int, done.read_text().split())) == set(range(100))
+        assert set(map(int, done.read_text().split())) == set(range(len(trial.sent)))
         hive.start()
 
 
 @pytest.mark.needs("claude")
-def test_the_real_claude_under_blows(folder: Path, seed: int) -> None:
+@pytest.mark.timeout(400)
+def test_a_hundred_turns_of_the_real_claude_under_blows(folder: Path, seed: int) -> None:
     api = Api().start()
     settings = {"ANTHROPIC_API_KEY": "dummy", "ANTHROPIC_BASE_URL": api.url, "CLAUDE_CODE_MAX_RETRIES": "1"}
     (folder / "environment").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
@@ -122,7 +134,7 @@ def test_the_real_claude_under_blows(folder: Path, seed: int) -> None:
             hive.stop()
             hive.configure(claude=str(CLAUDE), rehearsal=False)
             trial = Trial(hive.start().spawn("alice", running=True), seed)
-            session = survive(trial, (order(number) for number in range(24)), every=3)
+            session = survive(trial, order, 100)
             hive.start()
             trial.send("And that was all.")
             wait_for(trial.settled, "a last turn", timeout_s=30)
