@@ -126,16 +126,18 @@ export function duration(ms) {
 }
 
 const MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+const year_of = (date) =>
+  date.getFullYear() === new Date(hive_now()).getFullYear() ? "" : ` ${date.getFullYear()}`;
 const day_of = (date) => `${date.getDate()} ${MONTHS[date.getMonth()]}`;
 const time_of = (date, ...more) =>
   [date.getHours(), date.getMinutes(), ...more].map((number) => String(number).padStart(2, "0")).join(":");
 
-/** "18:04", or "21 Nov 18:04" when it was another day. */
+/** "18:04", or "21 Nov 18:04" when it is another day, with its year when that is another. */
 export function clock(at, seconds = false) {
   const date = new Date(at);
   if (Number.isNaN(date.getTime())) return "";
   const time = seconds ? time_of(date, date.getSeconds()) : time_of(date);
-  return date.toDateString() === new Date(hive_now()).toDateString() ? time : `${day_of(date)} ${time}`;
+  return date.toDateString() === new Date(hive_now()).toDateString() ? time : `${day_of(date)}${year_of(date)} ${time}`;
 }
 
 const WORDINGS = {
