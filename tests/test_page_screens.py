@@ -1,5 +1,5 @@
-"""Every view with much in it, in a real browser: at each size and scheme nothing is cut off, axe finds nothing, and what
-agents wrote stays text. The pictures are kept for people to look at, in the folder that HYPERHIVE_SCREENSHOTS names.
+"""Every view with much in it, in a real browser: at each size and scheme nothing is cut off and axe finds nothing, and
+what agents wrote stays text. Pictures are kept for people to look at, in the folder that HYPERHIVE_SCREENSHOTS names.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ AXE = ROOT / "tests" / "node_modules" / "axe-core" / "axe.min.js"
 PICTURES = Path(os.environ.get("HYPERHIVE_SCREENSHOTS", ROOT / "tests" / "output"))
 HOSTILE = (
     "<img src=x onerror=alert(1)><script>alert(2)</script><b>bold</b> \x1b[31mred\x1b[0m"
-    " \x1b]8;;https://evil.test\x07link\x1b]8;;\x07 \u202egnp.exe\u202c \u2066isolated\u2069 a\x00b\u200b \U0001f41d\ufe0f"
-    " javascript:alert(3) [click](javascript:alert(4)) https://example.org/a?b=1&c=2 "
+    " \x1b]8;;https://evil.test\x07link\x1b]8;;\x07 \u202egnp.exe\u202c \u2066isolated\u2069 a\x00b\u200b"
+    " \U0001f41d\ufe0f javascript:alert(3) [click](javascript:alert(4)) https://example.org/a?b=1&c=2 "
 )
 SOLID = "w" * 60_000  # and no space
 UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -88,8 +88,8 @@ def fill(hive: Hive, folder: Path) -> None:
             ("tool_result", {"tool_use_id": "t", "output": HOSTILE + SOLID[:5000], "is_error": True}),
             ("text", {"text": SOLID}),
         ]  # fmt: skip
-        at = "2026-01-01T00:00:00Z"
-        rows = [{"id": 500 + n, "at": at, "turn": 50, "kind": kind, "data": data} for n, (kind, data) in enumerate(kinds)]
+        event = {"at": "2026-01-01T00:00:00Z", "turn": 50}
+        rows = [event | {"id": 500 + n, "kind": kind, "data": data} for n, (kind, data) in enumerate(kinds)]
         assert alice.ask("report", events=rows)["ok"]
     schedule = {"to": "bob", "body": HOSTILE, "first": "2099-01-01T00:00:00Z", "every_s": 3600}
     assert hive.api("POST", "/api/schedules", schedule).status == 200
