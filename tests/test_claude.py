@@ -383,6 +383,16 @@ def test_words_of_failures_in_an_agents_own_text_change_nothing(harness: Harness
     assert {state["state"] for state in host.states} <= {"idle", "working"}
 
 
+def test_what_the_config_adds_to_the_prompt(folder: Path, api: Api) -> None:
+    harness = Harness(folder, claude=str(CLAUDE))
+    harness.env["HYPERHIVE_EXTRA_PROMPT"] = "You write short, plain reports.\nIn {braces}, too."
+    with harness:
+        harness.host.wait_acked(harness.host.put("hello"))
+        (prompt,) = [part["text"] for part in api.requests[-1]["system"] if "You are alice" in part["text"]]
+        assert "You write short, plain reports.\nIn {braces}, too." in prompt
+        assert f"{harness.state}/notes.md" in prompt and "not the operator's word" in prompt
+
+
 def test_more_tool_servers(folder: Path, api: Api) -> None:
     harness = Harness(folder, claude=str(CLAUDE))
     servers = {"again": {"command": HARNESS[0], "args": [*HARNESS[1:], "mcp"]}}
