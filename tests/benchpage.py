@@ -20,6 +20,7 @@ import psutil
 from browserbox import CHROMIUM, QUIET, row_of
 from hive import Hive, Line, listens, wait_for
 from playwright.sync_api import Browser, Page, sync_playwright
+from test_page_requests import propose_long
 
 AGENTS, REQUESTS, MESSAGES = 30, 100, 10_000
 PAST, DAY, STREAMS = 100_000, 200_000, 500
@@ -52,6 +53,22 @@ WHEN_PAINTED = """
     look();
   });
 }
+"""
+# Scrolls to the end of the page, a screen and a half each frame: what each frame took, in ms.
+SCROLL = """
+() => new Promise((resolve) => {
+  const frames = [];
+  let last = performance.now();
+  const go = () => {
+    const now = performance.now();
+    frames.push(now - last);
+    last = now;
+    if (scrollY + innerHeight >= document.documentElement.scrollHeight - 2) return resolve(frames);
+    scrollBy(0, 1500);
+    requestAnimationFrame(go);
+  };
+  requestAnimationFrame(go);
+})
 """
 # Sends a message and waits until the page shows it: ms.
 SEND_AND_SEE = """
@@ -341,6 +358,20 @@ def answers_beside_streams(hive: Hive, path: str) -> tuple[list[float], list[flo
     return alone, beside, more
 
 
+def long_diff(browser: Browser, folder: Path) -> tuple[list[float], list[float]]:
+    """A request of 40 files and 10,000 lines: how long it takes to open, and each frame of a scroll through it."""
+    folder.mkdir()
+    with Hive(folder, limits=MANY) as hive:
+        hive.spawn("manager", "alice")
+        view = f"#/approvals/{propose_long(hive, folder)}"
+        opened = openings(browser, link(hive), view, ".changes > .file", 41)
+        with tab(browser, link(hive)) as page:
+            page.goto(f"{hive.url}/{view}")
+            page.wait_for_selector(".coloured")
+            frames: list[float] = page.evaluate(SCROLL)
+    return opened, [frame / 1000 for frame in frames]
+
+
 # ── all of it ──
 
 
@@ -353,10 +384,13 @@ def figures(folder: Path, tell: Callable[..., None], line: Callable[..., None]) 
             tell(f"GET {path}, ten messages a second", alone)
             tell(f"… and {STREAMS} streams, which take {more} threads", beside, alone)
         with chromium() as browser:
+            opened, frames = long_diff(browser, folder / "diff")
             bare = bare_openings(browser, hive)
             tell("a browser opens an answer of one line", bare)
             tell("Your call: the first screen is painted", first_paints(browser, hive), bare, 0.3)
             tell(f"… all {REQUESTS} requests", whole_paints(browser, hive), bare)
+            tell("a request of 10,000 lines", opened, bare, 1)
+            tell("… a frame while it is scrolled", frames)
             tell("message → Flow", messages_seen(browser, hive), bare, 0.05)
             tell("event → transcript", events_seen(browser, hive, "a3"), bare, 0.05)
             with long_past(hive, "a4") as own:

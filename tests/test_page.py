@@ -19,7 +19,6 @@ from playwright.sync_api import expect
 browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
 
 CONFIG = "{ pkgs, ... }:\n{\n  environment.systemPackages = [ pkgs.ripgrep ];\n}\n"
-VIEWS = ("call", "approvals", "agents", "agents/manager", "flow", "deploys", "usage", "system", "more")
 
 
 @pytest.fixture
@@ -356,6 +355,17 @@ def test_the_levers_of_an_agent(hive: Hive, tab: Tab) -> None:
     expect(row.locator(".agent-top")).to_contain_text("idle")
 
 
+def test_all_are_paused_and_resumed_at_once(hive: Hive, tab: Tab) -> None:
+    for name in ("alice", "bob"):
+        spawn(hive, name)
+    tab.page.get_by_role("button", name="Pause all").click()
+    expect(tab.page.get_by_role("button", name="Resume all")).to_be_enabled()
+    assert [row_of(hive, name)["paused"] for name in ("alice", "bob")] == [True, True]
+    tab.page.get_by_role("button", name="Resume all").click()
+    expect(tab.page.get_by_role("button", name="Pause all")).to_be_enabled()
+    assert [row_of(hive, name)["paused"] for name in ("alice", "bob")] == [False, False]
+
+
 def test_an_agent_is_made_on_the_page_and_a_bad_name_is_explained(hive: Hive, tab: Tab) -> None:
     tab.expected = ["400"]
     tab.go("agents")
@@ -448,69 +458,7 @@ def test_earlier_turns_are_fetched_on_demand(hive: Hive, open_tab: Callable[...,
     expect(tab.page.locator("section.turn")).to_have_count(33)
 
 
-# ── hostile text ──
-
-
-HOSTILE = (
-    "<img src=x onerror=alert(1)><script>alert(2)</script> \x1b[31mred\x1b[0m \x1b]8;;https://evil.test\x07link\x1b]8;;\x07"
-    " \u202egnp.exe\u202c a\x00b javascript:alert(3) [click](javascript:alert(4)) https://example.org/a?b=1&c=2"
-)
-
-
-def test_hostile_text_stays_text(hive: Hive, tab: Tab) -> None:
-    spawn(hive, "manager")
-    spawn(hive, "alice")
-    with hive.agent("manager") as manager:
-        request_alice(manager, HOSTILE, name="bob")
-        manager.ask("send", to="operator", body=HOSTILE)
-        manager.ask("set_status", text=HOSTILE[:190])
-    with hive.agent("alice") as alice:
-        alice.ask("ask", question=HOSTILE, options=["<b>bold</b>", "\u202eno"])
-        data = [("text", {"text": HOSTILE}), ("thinking", {"text": HOSTILE}), ("note", {"text": HOSTILE}),
-                ("tool_call", {"tool_use_id": "t", "name": HOSTILE, "input": {"command": HOSTILE}}),
-                ("tool_result", {"tool_use_id": "t", "output": HOSTILE, "is_error": True})]  # fmt: skip
-        events = [
-            {"id": 500 + number, "at": "2026-01-01T00:00:00Z", "turn": 50, "kind": kind, "data": fields}
-            for number, (kind, fields) in enumerate(data)
-        ]
-        assert alice.ask("report", events=events)["ok"]
-    expect(card(tab, "alice asks")).to_be_visible()
-    for view in (*VIEWS, "agents/alice"):
-        tab.go(view)
-        tab.page.wait_for_timeout(150)
-        assert tab.page.locator("main img, main script, main b:has-text('bold')").count() == 0
-        text = tab.page.locator("body").inner_text()
-        assert not re.search(r"[\x00-\x08\x0b-\x1f\u202a-\u202e]", text), view
-        for link in tab.page.locator("a").all():
-            address = link.get_attribute("href") or ""
-            assert address.startswith(("#/", "http://", "https://")), address
-            if address.startswith("https://"):
-                assert link.get_attribute("rel") == "noopener noreferrer" and link.inner_text() == address
-    tab.go("call")
-    expect(card(tab, "agent, bob")).to_contain_text("<img src=x onerror=alert(1)>")
-    expect(card(tab, "agent, bob")).to_contain_text("red link ⟨U+202E⟩gnp.exe⟨U+202C⟩ a␀b")
-    expect(card(tab, "alice asks").get_by_role("button", name="<b>bold</b>")).to_be_visible()
-
-
 # ── shapes of screen ──
-
-
-@pytest.mark.parametrize("width", [360, 768, 1380])
-def test_no_view_scrolls_sideways(hive: Hive, open_tab: Callable[..., Tab], width: int) -> None:
-    spawn(hive, "manager")
-    with hive.agent("manager") as manager:
-        request_alice(manager, f"See https://example.org/{'long' * 40} and {'word' * 40}.")
-        manager.ask("ask", question=f"{'Which' * 30}?", options=["x" * 90, "y"])
-        manager.ask("set_status", text="busy" * 45)
-        manager.ask("send", to="operator", body=f"```\n{'code ' * 60}\n```\n{'body' * 60}")
-    hive.cli("send", "manager", rehearse({"tool": "Bash", "input": {"command": f"echo {'out' * 99}"}}))
-    wait_for(lambda: hive.api("GET", "/api/usage").body["usage"], "a turn to be counted")
-    tab = open_tab(f"{hive.url}/#token={hive.token}", viewport={"width": width, "height": 780})
-    expect(card(tab, "agent, alice").locator(".diff")).to_be_visible()
-    for view in VIEWS:
-        tab.go(view)
-        tab.page.wait_for_timeout(200)
-        assert tab.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, view
 
 
 def test_on_a_phone_tabs_lie_at_the_bottom_and_state_unfolds(hive: Hive, open_tab: Callable[..., Tab]) -> None:

@@ -47,6 +47,7 @@ VIEWS = {
 SHAPES = {
     "desktop": {"viewport": {"width": 1380, "height": 900}},
     "zoomed": {"viewport": {"width": 640, "height": 450}, "device_scale_factor": 2, "reduced_motion": "reduce"},
+    "tablet": {"viewport": {"width": 820, "height": 1100}},
     "phone": {"viewport": {"width": 360, "height": 780}, "device_scale_factor": 2, "has_touch": True},
 }
 
