@@ -121,13 +121,13 @@ def test_a_sign_in_with_every_way_to_fail_first(hive: Hive, opened: Callable[[Hi
 def test_a_sign_in_that_nobody_finishes_ends_by_itself(
     folder: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[[Hive], Tab]
 ) -> None:
-    monkeypatch.setenv("HYPERHIVE_LOGIN_S", "3")
+    monkeypatch.setenv("HYPERHIVE_LOGIN_S", "8")
     with Hive(folder) as hive:
         spawn(hive, "alice")
         signed_out(hive)
         tab = opened(hive)
         begin(tab, REHEARSED)
-        expect(panel(tab)).to_contain_text("Nobody finished the sign-in in time.")
+        expect(panel(tab)).to_contain_text("Nobody finished the sign-in in time.", timeout=40_000)
         expect(panel(tab).get_by_role("button", name="Sign alice in")).to_have_text("Try again")
         wait_for(lambda: row_of(hive, "alice")["state"] == "needs_login", "the end of it")
 
@@ -136,7 +136,7 @@ def test_a_sign_in_that_nobody_finishes_ends_by_itself(
 def test_the_real_claude_as_far_as_it_goes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[[Hive], Tab]
 ) -> None:
-    monkeypatch.setenv("HYPERHIVE_LOGIN_S", "10")
+    monkeypatch.setenv("HYPERHIVE_LOGIN_S", "20")
     api = Api().start()
     settings = {**SIGNED_OUT, "ANTHROPIC_BASE_URL": api.url}
     (folder / "environment").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
@@ -158,7 +158,7 @@ def test_the_real_claude_as_far_as_it_goes(
             panel(tab).get_by_role("button", name="Cancel").click()
             expect(panel(tab)).to_contain_text("Cancelled.")
             begin(tab, "https://claude")
-            expect(panel(tab)).to_contain_text("Nobody finished the sign-in in time.")
+            expect(panel(tab)).to_contain_text("Nobody finished the sign-in in time.", timeout=40_000)
             wait_for(lambda: row_of(hive, "alice")["state"] == "needs_login", "the end of it")
             assert not api.requests
     finally:

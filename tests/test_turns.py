@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -319,8 +319,14 @@ def attached(hive: Hive, *options: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def interactive(hive: Hive) -> list[psutil.Process]:
-    found = [one for one in processes_of(hive.folder) if "rehearsal" in one.cmdline() and "-p" not in one.cmdline()]
-    return [one for one in found if "--append-system-prompt-file" in " ".join(one.cmdline())]
+    """The Claude at the keyboard: a rehearsal that is not driven by the stream."""
+    found = []
+    for process in processes_of(hive.folder):
+        with suppress(psutil.NoSuchProcess):
+            words = process.cmdline()
+            if "rehearsal" in words and "-p" not in words and "--append-system-prompt-file" in " ".join(words):
+                found.append(process)
+    return found
 
 
 def test_somebody_at_the_keyboard_has_the_session_for_themselves(folder: Path) -> None:
