@@ -3,7 +3,8 @@ of `nixos-container` and systemd. All of it lies in the test's own folder, the N
 
     with NixosHive(folder) as hive:
         hive.deploy("alice")                        # the operator spawns it; the deploy, when it is over
-        hive.propose("alice", CONFIG)               # the manager asks for it, the operator says yes
+        hive.propose("alice", CONFIG)               # the manager asks for it; the request's number
+        hive.change("alice", CONFIG)                # and the operator says yes; the deploy, when it is over
         hive.program("nixos-container", "status", "h-alice")
 """
 

@@ -7,7 +7,6 @@ and containers are real ones. See tests/nixos.py.
 import http.client
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 from fakes.systemd import environment_file
-from hive import ROOT, listens, processes_of, wait_for
+from hive import ROOT, end, listens, processes_of, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nixos import NixosHive
@@ -198,13 +197,11 @@ def aloud(folder: Path, script: str, *, timeout_s: float = 60) -> list[str]:
 
 
 def test_of_a_long_output_the_ends_are_kept(folder: Path) -> None:
-    began = time.monotonic()
     said = aloud(folder, "echo first; yes 0123456789 | head -c 100000000; echo; echo last")
     assert (said[0], said[-1]) == ("first", "last")
     assert sum(map(len, said)) < 500_000
     [left_out] = [line for line in said if line.endswith("bytes left out) …")]
     assert 99_000_000 < int(left_out.split()[1].lstrip("(")) < 100_000_000
-    assert time.monotonic() - began < 10
 
 
 @given(st.lists(st.binary(max_size=40), max_size=30))
@@ -219,18 +216,15 @@ def test_a_short_output_is_whole_however_it_comes(chunks: list[bytes]) -> None:
 
 
 def test_what_does_not_end_is_ended_with_all_it_started(folder: Path) -> None:
-    began = time.monotonic()
     with pytest.raises(Refused, match="did not end within"):
-        aloud(folder, "sleep 60 & sh -c 'trap \"\" TERM; sleep 60'", timeout_s=0.5)
-    assert time.monotonic() - began < 10  # the fixture sees that nothing is left
+        aloud(folder, "sleep 1000 & sh -c 'trap \"\" TERM; sleep 1000'", timeout_s=0.5)
+    assert not processes_of(folder)
 
 
 def test_a_grandchild_that_holds_the_pipe_is_not_waited_for(folder: Path) -> None:
-    began = time.monotonic()
     with pytest.raises(Refused, match="failed with status 3"):
-        aloud(folder, "sleep 5 & exit 3")
-    assert time.monotonic() - began < 3
-    wait_for(lambda: not processes_of(folder), "the grandchild to end")
+        aloud(folder, "sleep 1000 & exit 3")
+    end(processes_of(folder))
 
 
 # ── in real containers ──
@@ -461,13 +455,11 @@ def test_of_a_build_that_chatters_the_ends_are_kept(hive: NixosHive) -> None:
 def test_two_deploys_at_once_do_not_disturb_each_other(hive: NixosHive) -> None:
     hive.spawn("manager")
     slow = [hive.propose(name, config(build="sleep 2", run=f"echo {name} > /state/me")) for name in ("alice", "bob")]
-    began = time.monotonic()
     for approval in slow:
         assert hive.ask(cmd="approve", id=approval)["ok"]
-    for approval in slow:
-        deploy = hive.deployed(hive.ask(cmd="show", id=approval)["approval"]["deploy_id"])
-        assert deploy["phase"] == "deployed", deploy
-    assert time.monotonic() - began < 8
+    deploys = [hive.deployed(hive.ask(cmd="show", id=approval)["approval"]["deploy_id"]) for approval in slow]
+    assert [deploy["phase"] for deploy in deploys] == ["deployed", "deployed"], deploys
+    assert max(deploy["started_at"] for deploy in deploys) < min(deploy["ended_at"] for deploy in deploys)
     for name in ("alice", "bob"):
         assert (hive.state / f"agents/{name}/state/me").read_text() == f"{name}\n"
 
@@ -601,15 +593,14 @@ def test_a_deploy_that_the_daemon_did_not_live_to_end_is_done_again(hive: NixosH
 
 @real
 def test_a_build_ends_with_the_daemon_and_begins_again_with_it(hive: NixosHive) -> None:
-    approval = hive.propose("alice", config(build="[ -e /tmp/never ] || sleep 4"))
+    flag = hive.folder / "flag"
+    approval = hive.propose("alice", config(build=f"[ -e {flag} ] || sleep 1000"))
     hive.ask(cmd="approve", id=approval)
     deploy = hive.ask(cmd="show", id=approval)["approval"]["deploy_id"]
     wait_for(lambda: hive.ask(cmd="deploys", id=deploy)["deploys"][0]["phase"] == "building", "the build")
     time.sleep(1)
-    began = time.monotonic()
     hive.stop()
-    assert time.monotonic() - began < 6
-    marks = [shlex.join(process.cmdline()) for process in processes_of(hive.state) if "nix" in process.name()]
-    assert marks == []
+    assert [process.name() for process in processes_of(hive.state) if "nix" in process.name()] == []
+    flag.touch()
     hive.start()
     assert hive.deployed(deploy)["phase"] == "deployed"
