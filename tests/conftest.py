@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import hypothesis
 import psutil
 import pytest
 from hive import ROOT, Hive, end, is_alive, processes_of
@@ -24,6 +25,11 @@ CLAUDE = ROOT / "tests/node_modules/.bin/claude"
 # Programs that a CI machine can't have, so that there a test may be skipped for want of them. For want of any
 # other the skip is a failure: an installation step is missing, and a green run would hide it.
 NOT_IN_CI = ("nixos-container",)
+
+
+# On a busy machine an example takes as long as it takes, and none is kept for another run.
+hypothesis.settings.register_profile("hive", deadline=None, database=None)
+hypothesis.settings.load_profile("hive")
 
 
 # ── skips and reports ──

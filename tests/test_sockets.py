@@ -334,7 +334,7 @@ def test_any_value_is_taken_or_refused_and_spoils_nothing(folder: Path) -> None:
         hive.spawn("manager", "alice").agent("manager") as line,
     ):
 
-        @settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=500, suppress_health_check=list(HealthCheck))
         @given(requests())
         def fuzz(request: dict[str, Any]) -> None:
             line.write(json.dumps(request).encode() + b'\n{"cmd":"list_agents"}\n')

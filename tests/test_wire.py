@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from hive import REHEARSAL, ROOT, Hive, Line, wait_for
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import harness
@@ -37,7 +37,6 @@ OBJECTS = st.dictionaries(
 )
 
 
-@settings(deadline=None, database=None)
 @given(OBJECTS)
 def test_a_line_of_one_is_a_line_of_the_other(value: dict[str, Any]) -> None:
     there, back = hyperhive.encode_line(value), harness.encode(value) + b"\n"
