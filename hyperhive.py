@@ -5044,6 +5044,7 @@ def _worry(kind: str, key: Any, agent: str | None, text: str, since: str) -> Jso
 BACKLOG_BYTES: Final = 256 * 1024
 REPLAY: Final = 2000
 PAUSE_S: Final = 0.02
+SNAPSHOT_S: Final = 0.2  # it tells the time, and must not tell it wrong
 FLOOD: Final = 500  # more marks than this at once: a snapshot is cheaper
 
 
@@ -5072,6 +5073,7 @@ class Hub:
         self._streams: set[Stream] = set()
         self._worries: list[Json] | None = None  # as they were told last; None: to nobody who still listens
         self._statuses: dict[str, Json] = {}
+        self._last_snapshot: tuple[int, float, bytes] = (-1, 0.0, b"")  # its number, until when it serves, the frame
         self._closed = self._void = False
         self._selector = selectors.DefaultSelector()
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -5221,7 +5223,13 @@ class Hub:
         return f"id: {self.seq}\nevent: {event}\ndata: {text}\n\n".encode()
 
     def _snapshot(self) -> bytes:
-        return self._sse("snapshot", {"seq": self.seq} | self._views.snapshot())
+        """Many who come at once get the same; what has changed since is on its way to them as changes."""
+        moment = time.monotonic()
+        seq, until, frame = self._last_snapshot
+        if seq != self._seq or moment > until:
+            frame = self._sse("snapshot", {"seq": self.seq} | self._views.snapshot())
+            self._last_snapshot = (self._seq, moment + SNAPSHOT_S, frame)
+        return frame
 
     def _welcome(self) -> None:
         with self._lock:

@@ -869,10 +869,11 @@ def test_200_open_streams_take_no_thread_each_and_vanish(hive: Hive) -> None:
     wait_for(lambda: not streams_of(hive), "every stream to be gone")
 
 
-def test_a_stream_that_is_not_read_is_dropped_and_disturbs_nobody(hive: Hive) -> None:
+def test_a_stream_that_is_not_read_is_dropped_disturbs_nobody_and_can_come_back(hive: Hive) -> None:
     hive.spawn("alice")
     with Stream(hive) as reads, Stream(hive) as stalls:
         reads.next()
+        seen = stalls.next().id
         body, sent = "x" * 60_000, 0
         while len(streams_of(hive)) > 1 and sent < 300:
             number = hive.api("POST", "/api/messages", {"to": "alice", "body": body}).body["id"]
@@ -883,6 +884,15 @@ def test_a_stream_that_is_not_read_is_dropped_and_disturbs_nobody(hive: Hive) ->
         assert stalls.ended()
         hive.api("POST", "/api/messages", {"to": "operator", "body": "still there?"})
         assert reads.until("message")["row"]["body"] == "still there?"
+    with Stream(hive, after=seen) as again:
+        while "still there?" not in told_in(again.next()):
+            pass
+
+
+def told_in(event: Event) -> list[str]:
+    """The bodies of the messages that an event of the stream brings."""
+    rows = event.data["messages"] if event.event == "snapshot" else [event.data.get("row", {})]
+    return [row.get("body", "") for row in rows]
 
 
 def test_a_stream_on_which_nothing_happens_shows_that_it_lives(folder: Path) -> None:
