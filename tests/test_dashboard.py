@@ -441,6 +441,7 @@ def test_nothing_else_is_served_as_a_file(crew: Hive, path: str) -> None:
 def test_each_get_answers_with_its_keys(crew: Hive) -> None:
     with crew.agent("manager") as manager:
         approval = manager.ask("request_spawn", name="shown", description="to be shown")["id"]
+        message = manager.ask("send", to="alice", body="to be shown")["id"]
     sha = crew.api("GET", "/api/deploys?agent=alice").body["deploys"][0]["sha"]
     keys = {
         "/healthz": {"ok"},
@@ -458,6 +459,7 @@ def test_each_get_answers_with_its_keys(crew: Hive) -> None:
         f"/api/approvals/{approval}/precheck": {"log"},
         f"/api/agents/alice/diff?from={sha}&to={sha}": {"diff", "files"},
         "/api/messages?with=alice&before=9&max=2": {"messages"},
+        f"/api/messages/{message}/thread": {"messages"},
         "/api/questions": {"questions"},
         "/api/deploys?agent=alice": {"deploys"},
         "/api/deploys/1": {"deploy"},
