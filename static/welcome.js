@@ -1,7 +1,7 @@
 // The first minutes of a hive, in three steps: start the manager, sign it in, ask it for something.
 
 import { h } from "./dom.js";
-import { button, refusal, REHEARSAL } from "./parts.js";
+import { button, refusal } from "./parts.js";
 import { agent_named, is_running_phase, state } from "./store.js";
 import { post, send_message } from "./api.js";
 import { composer } from "./composer.js";
@@ -90,7 +90,6 @@ export function welcome_card(props) {
           { class: index < now ? "done" : index === now ? "now" : "", "aria-current": index === now ? "step" : null },
           h("p", null, h("strong", null, title), index < now && h("span", { class: "ok" }, " ✓ done")),
           h("p", { class: "dim" }, words),
-          index === 1 && state.hive.rehearsal && h("p", { class: "dim" }, REHEARSAL),
           index === now && act(),
         ),
       ),
