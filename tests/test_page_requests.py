@@ -97,6 +97,11 @@ def request_of(hive: Hive, number: int) -> dict[str, Any]:
     return row
 
 
+def under_way(hive: Hive) -> list[dict[str, Any]]:
+    deploys = hive.api("GET", "/api/deploys").body["deploys"]
+    return [row for row in deploys if row["phase"] in ("queued", "building", "switching")]
+
+
 def check(hive: Hive, number: int, verdict: dict[str, Any], log: tuple[str, ...] = ()) -> None:
     """Write the verdict of a pre-check where the host would have, had it containers to build for."""
     with closing(sqlite3.connect(hive.state / "hive.sqlite")) as database, database:
@@ -257,6 +262,7 @@ def test_a_proposal_is_edited_and_then_approved(team: Hive, folder: Path, tab: T
     newest.get_by_role("button", name="Roll alice back").click()
     back = tab.page.get_by_role("main").locator(".row").filter(has_text="roll back")
     expect(back).to_contain_text("deployed")
+    wait_for(lambda: not under_way(team), "the roll-back to end")
     tab.go(f"approvals/{number}")
     expect(card(tab, "to change alice")).to_contain_text("Approved by you")
 
@@ -264,8 +270,8 @@ def test_a_proposal_is_edited_and_then_approved(team: Hive, folder: Path, tab: T
 def test_an_overtaken_request_is_marked_and_the_others_are_approved_together(
     team: Hive, folder: Path, tab: Tab
 ) -> None:
-    older = propose(team, folder, {"agent.nix": SECOND.replace("hi", "older")})
-    newer = propose(team, folder, {"agent.nix": SECOND.replace("hi", "newer")})
+    older = propose(team, folder, {"agent.nix": SECOND.replace("hi", "overtaken")})
+    newer = propose(team, folder, {"agent.nix": SECOND.replace("hi", "overtakes")})
     with team.agent("manager") as manager:
         fields = {"to": "alice", "body": "Look again.", "first": "2099-01-01T00:00:00Z"}
         schedule = manager.ask("request_schedule", **fields)["id"]
