@@ -2064,6 +2064,9 @@ class Agent:
                 self._paused, self._park, self._failures = False, None, 0
             case "attach" if self.hello:
                 self._attached = True
+                if self.session.session is None:  # what is begun at the keyboard is gone on with
+                    self.session.session = str(uuid.uuid4())
+                    self.session.save()
                 write_for_claude(self.config.prompt_file, system_prompt(self.config, self.hello))
             case "detach":
                 self._detach()
@@ -2104,6 +2107,9 @@ class Agent:
         """Whoever was at the keyboard has left, perhaps without ending the Claude that ran there."""
         if self._attached and self._turn is None and self.session.session:
             sweep_orphans(self.session.session)
+            if not transcripts(self.config.claude_folder, self.session.session):  # nothing was said
+                self.session.session = None
+                self.session.save()
         self._attached = False
 
     def _interrupt(self, by: str) -> None:
@@ -3662,10 +3668,12 @@ def run_interactive(config: Config) -> int:
     adopt_environment(Session.load(config.session_file).pid)
     config = Config.from_environment(os.environ)
     session = Session.load(config.session_file)
+    if session.session is None:
+        raise HarnessError("not_attached", "The service has not made way.", "Use `hyperhive attach` on the host.")
     own = {"command": sys.executable, "args": [str(Path(__file__).resolve()), "mcp"]}
     launch = Launch(
-        session=session.session or str(uuid.uuid4()),
-        resume=session.session is not None,
+        session=session.session,
+        resume=bool(transcripts(config.claude_folder, session.session)),
         model=session.model,
         prompt_file=config.prompt_file,
         servers_file=write_for_claude(config.attached_file, as_servers({**extra_servers(config), "hive": own})),

@@ -353,6 +353,25 @@ def test_somebody_at_the_keyboard_has_the_session_for_themselves(folder: Path) -
         assert audited(hive, "attach") == audited(hive, "detach") == [(who, "alice")]
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_a_session_that_began_at_the_keyboard_is_gone_on_with(folder: Path, said: bool) -> None:
+    with crewed(folder, "alice") as hive:
+        home = hive.state / "agents/alice"
+        with attached(hive) as command:
+            assert command.stdin and command.stdout and command.stdout.readline()
+            session = json.loads((home / "state/session.json").read_text())["session"]
+            assert [f"--session-id={session}" in one.cmdline() for one in interactive(hive)] == [True]
+            if said:
+                transcript = home / f"claude/projects/rehearsal/{session}.jsonl"
+                transcript.parent.mkdir(parents=True)
+                transcript.touch()
+            command.stdin.close()
+            assert command.wait(20) == 0
+        turn(hive, {"text": "one"})
+        after = json.loads((home / "state/session.json").read_text())["session"]
+        assert (after == session) is said
+
+
 def test_a_turn_is_waited_for_or_interrupted(folder: Path) -> None:
     with crewed(folder, "alice") as hive:
         hive.ask(cmd="send", to="alice", body=rehearse({"sleep": 300}))
