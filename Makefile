@@ -29,7 +29,7 @@ demo: .venv/run ## a hive to try, in a folder of its own: no NixOS, no account, 
 	@.venv/bin/python hyperhive.py demo $(ARGS)
 
 test: system lint tests/node_modules/.package-lock.json ## everything: what it needs, the linters, the tests
-	@.venv/bin/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)  # they wait more than they compute
+	@.venv/bin/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)  # they wait more than they compute
 
 bench: system .venv/test tests/node_modules/.package-lock.json ## how fast messages, pages and streams are
 	@.venv/bin/python tests/bench.py

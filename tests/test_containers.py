@@ -218,7 +218,7 @@ def test_a_short_output_is_whole_however_it_comes(chunks: list[bytes]) -> None:
 def test_what_does_not_end_is_ended_with_all_it_started(folder: Path) -> None:
     with pytest.raises(Refused, match="did not end within"):
         aloud(folder, "sleep 1000 & sh -c 'trap \"\" TERM; sleep 1000'", timeout_s=0.5)
-    assert not processes_of(folder)
+    wait_for(lambda: not processes_of(folder), "the end of them all")
 
 
 def test_a_grandchild_that_holds_the_pipe_is_not_waited_for(folder: Path) -> None:
