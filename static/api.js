@@ -111,6 +111,30 @@ const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 10000;
 const SILENCE_MS = 40000;
 
+/** Asks for a stream; `cut` ends it. */
+function ask_for_stream(path, last_id = "") {
+  const headers = { Authorization: `Bearer ${token}` };
+  if (last_id) headers["Last-Event-ID"] = last_id;
+  const cut = new AbortController();
+  return { path, token, cut, answer: fetch(path, { headers, signal: cut.signal, cache: "no-store" }) };
+}
+
+// This file is run before the rest of the page has come: by the time all is there to draw it, so is the snapshot.
+let early = null;
+token = localStorage.getItem(STORED) ?? "";
+if (token && !/^#token=|^#.agents./.test(location.hash)) {
+  early = ask_for_stream("/api/stream");
+  early.answer.catch(() => {}); // whoever takes it is told
+}
+
+function take_early(path) {
+  const asked = early;
+  early = null;
+  if (asked?.path === path && asked.token === token) return asked;
+  asked?.cut.abort();
+  return null;
+}
+
 export class Stream {
   constructor({ path, on_event, on_state }) {
     Object.assign(this, { path, on_event, on_state, last_id: "", wait_ms: FIRST_WAIT_MS, stopped: false });
@@ -154,12 +178,11 @@ export class Stream {
   }
 
   async listen() {
-    this.cut = new AbortController();
-    const headers = { Authorization: `Bearer ${token}` };
-    if (this.last_id) headers["Last-Event-ID"] = this.last_id;
+    const { cut, answer } = take_early(this.path) ?? ask_for_stream(this.path, this.last_id);
+    this.cut = cut;
     this.expect();
     try {
-      const response = await fetch(this.path, { headers, signal: this.cut.signal, cache: "no-store" });
+      const response = await answer;
       if (!response.ok) throw refusal(response, await response.json().catch(() => ({})));
       this.wait_ms = FIRST_WAIT_MS;
       this.on_state(true);

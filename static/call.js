@@ -190,7 +190,7 @@ function card(row) {
 }
 
 // What fills a screen is drawn first and seen at once; the rest comes with the next frame.
-const FIRST = 8;
+const FIRST = 4;
 let begun = false;
 
 function first_screen(rows) {

@@ -47,11 +47,15 @@ WHEN_PAINTED = """
 (selector, number) => {
   window.painted = new Promise((resolve, reject) => {
     setTimeout(() => reject(new Error(`${selector} is not painted`)), 60000);
-    const look = () => {
-      if (document.querySelectorAll(selector).length < number) requestAnimationFrame(look);
-      else setTimeout(() => resolve(performance.now()));
+    // It is told while a frame is being made; the next task comes when that frame is painted.
+    const look = (_, watch) => {
+      if (document.querySelectorAll(selector).length < number) return;
+      watch.disconnect();
+      setTimeout(() => resolve(performance.now()));
     };
-    look();
+    const watch = new MutationObserver(look);
+    watch.observe(document, { childList: true, subtree: true });
+    look(null, watch);
   });
 }
 """
