@@ -40,10 +40,10 @@ function path_of_header(line) {
 
 function take_header(file, line) {
   if (line.startsWith("+++ b/")) file.path = line.slice(6);
-  else if (line.startsWith("new file")) file.note = "new";
+  else if (line.startsWith("new file")) file.note = line.endsWith(" 100755") ? "new, executable" : "new";
+  else if (line.startsWith("new mode")) file.note = line.endsWith(" 100755") ? "now executable" : "not executable now";
   else if (line.startsWith("deleted file")) file.note = "deleted";
   else if (line.startsWith("rename from ")) file.note = `was ${line.slice(12)}`;
-  else if (line.startsWith("Binary files")) file.note = "binary, not shown";
 }
 
 /** Returns by how much the number of the line in the new file moves on. */

@@ -1,10 +1,11 @@
 // Nix told apart into words for colouring, line by line: small, and never wrong about the text itself.
+// Nix ends a comment at a carriage return, too: here it is spelled out already (`visible`).
 // A comment or a text over many lines carries on, so each line begins in the state the one before ended in.
 
 const KEYWORDS = "assert else if in inherit let or rec then with true false null import throw abort";
 const TOKEN = new RegExp(
   [
-    String.raw`(?<comment>#.*|/\*.*?(?:\*/|$))`,
+    String.raw`(?<comment>#[^␍]*|/\*.*?(?:\*/|$))`,
     String.raw`(?<string>"(?:[^"\\]|\\.)*(?:"|$)|''.*?(?:''(?!['$\\])|$))`,
     String.raw`(?<path>(?:\.{1,2}|~)?(?:/[\w.+-]+)+|<[\w.+/-]+>)`,
     String.raw`(?<number>\b\d+(?:\.\d+)?\b)`,

@@ -284,6 +284,24 @@ def test_an_overtaken_request_is_marked_and_the_others_are_approved_together(
     wait_for(lambda: request_of(team, newer).get("phase") == "deployed", "the deploy")
 
 
+def test_a_file_that_becomes_executable_says_so(team: Hive, folder: Path, tab: Tab) -> None:
+    (folder / "source").mkdir()
+    subprocess.run(["git", "init", "-q", "-b", "main", folder / "source"], check=True)
+    tool = folder / "source/tool.sh"
+    tool.touch(mode=0o755)
+    tab.go(f"approvals/{propose(team, folder, {'agent.nix': SECOND, 'tool.sh': 'exit 0'})}")
+    expect(card(tab, "to change alice").get_by_role("button", name="tool.sh")).to_contain_text("new, executable")
+
+
+def test_what_follows_a_carriage_return_does_not_look_like_a_comment(team: Hive, folder: Path, tab: Tab) -> None:
+    number = propose(team, folder, {"agent.nix": SECOND.replace("# it draws", "# it draws\r  users.users.x = { };")})
+    tab.go(f"approvals/{number}")
+    request = card(tab, "to change alice")
+    expect(request.locator(".added .nix-comment")).to_have_text(["# it draws"])
+    expect(request.locator(".added").filter(has_text="users.users.x")).to_contain_text("# it draws␍  users.users.x")
+    expect(request).to_contain_text("users and their rights")
+
+
 def test_two_browsers_at_once_make_one_deploy_and_both_tell_it(
     team: Hive, folder: Path, tab: Tab, open_tab: Callable[..., Tab]
 ) -> None:
