@@ -234,9 +234,13 @@ function go() {
 function on_live(live) {
   const returned = live && !state.live && state.ready;
   connected(live);
-  if (!returned) return;
-  forget_details();
-  load_agent();
+  if (returned) forget_details();
+}
+
+/** A snapshot holds no events: what an agent did before it came is asked for. */
+function on_event(kind, data) {
+  take(kind, data);
+  if (kind === "snapshot") load_agent();
 }
 
 const TYPING = "input, textarea, select, [contenteditable]";
@@ -261,7 +265,7 @@ function start() {
   refused = begin({ on_refused }) ? null : "";
   stream?.stop();
   stream = null;
-  if (refused === null) stream = new Stream({ path: stream_path(where()), on_event: take, on_state: on_live });
+  if (refused === null) stream = new Stream({ path: stream_path(where()), on_event, on_state: on_live });
   go();
   changed();
 }

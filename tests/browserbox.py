@@ -85,7 +85,13 @@ def open_tab(browser: Browser) -> Iterator[Callable[..., Tab]]:
 def spawn(hive: Hive, name: str) -> None:
     answer = hive.api("POST", "/api/agents", {"name": name})
     assert answer.status == 200, answer.body
-    wait_for(lambda: row_of(hive, name)["state"] == "idle", f"{name} to be idle")
+    wait_for(lambda: row_of(hive, name)["state"] == "idle" and settled(hive), f"{name} to be idle")
+
+
+def settled(hive: Hive) -> bool:
+    """No deploy is under way: an agent can be idle before its own is over."""
+    deploys = hive.api("GET", "/api/deploys").body["deploys"]
+    return not any(row["phase"] in ("queued", "building", "switching") for row in deploys)
 
 
 def row_of(hive: Hive, name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import browserbox
 import pytest
-from browserbox import Tab, card, rehearse, row_of, spawn
+from browserbox import Tab, card, rehearse, row_of, settled, spawn
 from hive import Hive, Line, wait_for
 from playwright.sync_api import expect
 
@@ -90,7 +90,8 @@ def test_an_empty_hive_explains_itself_in_three_steps(hive: Hive, tab: Tab) -> N
     expect(step).to_contain_text("Ask it for something")  # a rehearsal is signed in
     expect(tab.page).to_have_title("hyperhive")
     expect(tab.page.get_by_role("complementary").get_by_role("link", name="manager")).to_be_visible()
-    hive.cli("stop", "manager")
+    wait_for(lambda: settled(hive), "the deploy to end")
+    assert hive.cli("stop", "manager").returncode == 0
     expect(step.get_by_role("button", name="Start the manager")).to_be_enabled()
     step.get_by_role("button", name="Start the manager").click()
     step.get_by_label("Write to manager").fill("Please look after the backups.")
@@ -123,7 +124,7 @@ def test_a_request_is_read_and_approved_with_a_click(hive: Hive, tab: Tab) -> No
     request.get_by_role("button", name=f"Approve request {number}").click()
     expect(tab.page.get_by_text("Nothing waits for you")).to_be_visible()
     expect(tab.page.get_by_role("complementary").get_by_role("link", name="alice")).to_be_visible()
-    wait_for(lambda: row_of(hive, "alice")["state"] == "idle", "alice to be idle")
+    wait_for(lambda: row_of(hive, "alice")["state"] == "idle" and settled(hive), "alice to be idle")
     tab.go("deploys")
     history = tab.page.get_by_role("main").locator(".row").filter(has_text="alice")
     expect(history).to_contain_text("deployed")

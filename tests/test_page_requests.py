@@ -16,7 +16,7 @@ from typing import Any
 
 import browserbox
 import pytest
-from browserbox import Tab, card
+from browserbox import Tab, card, settled
 from hive import Hive, wait_for
 from nixos import NixosHive
 from playwright.sync_api import expect
@@ -95,11 +95,6 @@ def propose_long(hive: Hive, folder: Path) -> int:
 def request_of(hive: Hive, number: int) -> dict[str, Any]:
     row: dict[str, Any] = hive.api("GET", f"/api/approvals/{number}").body["approval"]
     return row
-
-
-def under_way(hive: Hive) -> list[dict[str, Any]]:
-    deploys = hive.api("GET", "/api/deploys").body["deploys"]
-    return [row for row in deploys if row["phase"] in ("queued", "building", "switching")]
 
 
 def check(hive: Hive, number: int, verdict: dict[str, Any], log: tuple[str, ...] = ()) -> None:
@@ -262,7 +257,7 @@ def test_a_proposal_is_edited_and_then_approved(team: Hive, folder: Path, tab: T
     newest.get_by_role("button", name="Roll alice back").click()
     back = tab.page.get_by_role("main").locator(".row").filter(has_text="roll back")
     expect(back).to_contain_text("deployed")
-    wait_for(lambda: not under_way(team), "the roll-back to end")
+    wait_for(lambda: settled(team), "the roll-back to end")
     tab.go(f"approvals/{number}")
     expect(card(tab, "to change alice")).to_contain_text("Approved by you")
 
