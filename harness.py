@@ -47,6 +47,7 @@ import math
 import os
 import queue
 import re
+import select
 import shlex
 import signal
 import socket
@@ -89,6 +90,7 @@ KEEP_EVENTS_BYTES: Final = 500 << 20
 
 INTERRUPT_S: Final = 30.0  # from interrupt to kill
 INTERRUPT_AGAIN_S: Final = 1.0
+SWEEP_S: Final = 5.0
 STOP_TURN_S, STOP_PROCESS_S, STOP_FLUSH_S = 4.0, 1.5, 1.0  # together well under ten seconds
 
 PAGE_CONNECTIONS: Final = 32
@@ -666,6 +668,7 @@ FORBIDDEN_TOOLS: Final = (
 CLAUDE_SETTINGS: Final = {
     "IS_SANDBOX": "1",  # root may then run without prompts: the container is the sandbox
     "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS": "1",
+    "CLAUDE_CODE_EAGER_FLUSH": "1",  # a turn stands in the transcript before it is told to be done
     "ENABLE_TOOL_SEARCH": "false",  # else the hive's tools hide behind a search tool
     "DISABLE_AUTOUPDATER": "1",
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
@@ -1135,15 +1138,19 @@ def ending(status: int) -> str:
 
 
 def sweep_orphans(session: str) -> int:
-    """Kills what a session left running. Returns how many there were."""
+    """Kills what a session left running, and waits until it is gone: it could still write. Returns how many."""
     mark = f"{SESSION_MARK}={session}".encode()
-    found = 0
+    ends: list[int] = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # gone meanwhile, or not ours to read
             if mark in path.read_bytes().split(b"\0"):
-                os.kill(int(path.parent.name), signal.SIGKILL)
-                found += 1
-    return found
+                process = int(path.parent.name)
+                ends.append(os.pidfd_open(process))
+                signal.pidfd_send_signal(ends[-1], signal.SIGKILL)
+    for end in ends:
+        select.select([end], [], [], SWEEP_S)
+        os.close(end)
+    return len(ends)
 
 
 @dataclass(frozen=True)
@@ -2167,7 +2174,7 @@ class Agent:
             process.user("/compact")
             return
         mail, conversation = turn.messages.values(), process.headings
-        if any(message.redelivered for message in mail):
+        if turn.replaced or any(message.redelivered for message in mail):
             conversation = conversation | headings_in(self.config.claude_folder, process.launch.session)
         turn.unread[process.user(self._preface + prompt_again(mail, conversation))] = tuple(turn.messages)
 

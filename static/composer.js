@@ -5,6 +5,7 @@ import { bytes } from "./text.js";
 import { act, button, draft, field, plain, refusal, set_draft, spend_draft } from "./parts.js";
 import { changed } from "./store.js";
 import { get, post, upload } from "./api.js";
+import { load_files } from "./files.js";
 
 // ── Files ────────────────────────────────────────────────────────────────────────────────────────
 // A file is sent to the hive as soon as it is chosen. One that is there belongs to the draft: it outlives a reload.
@@ -42,6 +43,7 @@ async function attach_one(key, file) {
     max_bytes ??= (await get("/api/files")).max_bytes;
     if (file.size > max_bytes) throw new Error(`It is too large: a file may have at most ${bytes(max_bytes)}.`);
     const { name, path, size } = await upload(file, on_progress, (abort) => Object.assign(one, { abort }));
+    load_files(); // a list of them may be looked at by now
     if (!uploads(key).includes(one)) return; // it was taken away meanwhile
     set_attached(key, [...attached(key), { name, path, size }]);
     drop_upload(key, one);

@@ -7,10 +7,12 @@ import base64
 import http.client
 import json
 import os
+import shlex
 import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -355,6 +357,31 @@ def test_mail_that_comes_again_stands_in_the_conversation_once(harness: Harness)
     said = conversation(harness)
     assert [sum(f"[message {one} from" in text for text in said) for one in messages] == [1, 1]
     assert sum(text.startswith("[hyperhive: message 1") for text in said) == 2
+
+
+DIES_UNHEARD = """
+import pathlib, subprocess, sys
+with subprocess.Popen([*{harness}, "rehearsal", *sys.argv[1:]], stdout=subprocess.PIPE) as claude:
+    for line in claude.stdout:
+        if b'"isReplay"' in line and not pathlib.Path({mark}).exists():
+            pathlib.Path({mark}).touch()
+            claude.kill()
+            break
+        sys.stdout.buffer.write(line)
+        sys.stdout.flush()
+"""
+
+
+def test_mail_that_was_noted_but_not_echoed_stands_in_the_conversation_once(folder: Path) -> None:
+    script = folder / "claude.py"
+    script.write_text(DIES_UNHEARD.format(harness=HARNESS, mark=repr(str(folder / "died"))))
+    with Harness(folder, claude=shlex.join([sys.executable, str(script)])) as harness:
+        message = harness.host.put(rehearse({"text": "well"}))
+        harness.host.wait_acked(message)
+        assert (folder / "died").exists() and not harness.host.of("turn_end", outcome="failed")
+        first, then = conversation(harness)
+        assert first.startswith(f"[message {message} from")
+        assert then.startswith(f"[hyperhive: message {message} came before")
 
 
 def test_a_limit_is_waited_for_or_left_to_the_operator(folder: Path) -> None:

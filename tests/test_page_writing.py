@@ -11,7 +11,7 @@ import browserbox
 import pytest
 from browserbox import Tab, row_of, spawn
 from hive import Hive, wait_for
-from playwright.sync_api import Locator, expect
+from playwright.sync_api import Locator, Route, expect
 
 browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
 
@@ -111,11 +111,16 @@ def test_what_the_hive_refuses_is_said_at_the_file(team: Hive, tab: Tab) -> None
 
 def test_attached_files_are_listed_and_deleted_after_a_question(team: Hive, tab: Tab) -> None:
     tab.go("flow")
+    held: list[Route] = []
+    tab.page.route(re.compile("/api/files\\?name="), held.append)
     small = {"name": "old.txt", "mimeType": "text/plain", "buffer": b"x"}
     tab.page.locator("input[type=file]").set_input_files([small])  # type: ignore[list-item]
     expect(chips(tab)).to_contain_text("1 byte")
     tab.go("system")
+    expect(tab.page.get_by_role("main")).to_contain_text("Attached files")
     row = tab.page.locator(".row").filter(has_text="/old.txt")
+    expect(row).to_have_count(0)
+    held[0].continue_()  # it is there only after the list was asked for
     row.get_by_role("button", name="Delete the file old.txt").click()
     row.get_by_role("button", name="Keep").click()
     row.get_by_role("button", name="Delete the file old.txt").click()
