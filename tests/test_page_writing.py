@@ -112,7 +112,7 @@ def test_what_the_hive_refuses_is_said_at_the_file(team: Hive, tab: Tab) -> None
 def test_attached_files_are_listed_and_deleted_after_a_question(team: Hive, tab: Tab) -> None:
     tab.go("flow")
     held: list[Route] = []
-    tab.page.route(re.compile("/api/files\\?name="), held.append)
+    tab.page.route(re.compile("/api/files\\?name="), lambda route: held.append(route))
     small = {"name": "old.txt", "mimeType": "text/plain", "buffer": b"x"}
     tab.page.locator("input[type=file]").set_input_files([small])  # type: ignore[list-item]
     expect(chips(tab)).to_contain_text("1 byte")
