@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -26,6 +27,9 @@ CLAUDE = ROOT / "tests/node_modules/.bin/claude"
 # other the skip is a failure: an installation step is missing, and a green run would hide it.
 NOT_IN_CI = ("nixos-container",)
 
+
+# A shell makes what it runs in the background deaf to Ctrl-C. What a test starts shall hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # On a busy machine an example takes as long as it takes, and none is kept for another run.
 hypothesis.settings.register_profile("hive", deadline=None, database=None)

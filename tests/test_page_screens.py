@@ -71,6 +71,8 @@ def fill(hive: Hive, folder: Path) -> None:
     ]
     verdict = {"state": "ok", "evaluates": True, "builds": True, "seconds": 8.2, "packages": packages}
     check(hive, number, verdict, ("building…", HOSTILE))
+    refused = propose(hive, folder, {"agent.nix": SECOND}, HOSTILE)
+    assert hive.api("POST", f"/api/approvals/{refused}/deny", {"note": HOSTILE}).status == 200
     with hive.agent("manager") as manager, hive.agent("alice") as alice, hive.agent("bob") as bob:
         spawn = {"name": "dora", "description": HOSTILE + SOLID[:3000], "config": FIRST}
         assert (answer := manager.ask("request_spawn", **spawn))["ok"], answer
@@ -97,6 +99,8 @@ def fill(hive: Hive, folder: Path) -> None:
     with closing(sqlite3.connect(hive.state / "hive.sqlite")) as database, database:
         deploy = database.execute("SELECT max(id) FROM deploys").fetchone()[0]
         database.execute("UPDATE deploys SET error = ? WHERE id = ?", (HOSTILE + SOLID[:3000], deploy))
+        lines = [(deploy, number, line) for number, line in enumerate((HOSTILE, SOLID[:3000]), 1_000_000)]
+        database.executemany("INSERT INTO deploy_log (deploy, n, line) VALUES (?, ?, ?)", lines)
 
 
 @pytest.fixture
