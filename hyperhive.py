@@ -1465,6 +1465,10 @@ PING_PONG_SQL: Final = """
         SELECT id FROM messages WHERE sender = ?1 AND recipient = ?2 AND at >= ?3 AND id > ?4
         UNION ALL SELECT id FROM messages WHERE sender = ?2 AND recipient = ?1 AND at >= ?3 AND id > ?4 LIMIT ?5)
 """
+RESUMED_SQL: Final = """
+    SELECT max(at) FROM audit
+    WHERE what = 'resume' AND subject IN (?, ?) AND (who = 'operator' OR who LIKE 'operator (%')
+"""
 
 
 class LeaseHolder(Protocol):
@@ -1606,8 +1610,9 @@ class Broker:
         since, most = now_ms() - self.limits.ping_pong_s * 1000, self.limits.ping_pong
         if tx.value(PING_PONG_SQL, one, other, since, spoke or 0, most + 1) <= most:
             return
-        resumed = "SELECT max(at) FROM audit WHERE what = 'resume' AND who LIKE 'operator%' AND subject IN (?, ?)"
-        since = max(since, tx.value(resumed, one, other) or 0)  # to resume them is a word, too
+        if tx.one("SELECT 1 FROM agents WHERE name = ? AND kept", other):
+            return  # nobody is there to answer: it waits
+        since = max(since, tx.value(RESUMED_SQL, one, other) or 0)  # to resume them is a word, too
         if tx.value(PING_PONG_SQL, one, other, since, spoke or 0, most + 1) <= most:
             return
         reason = f"{one} and {other} exchanged more than {most} messages without a word from you"
@@ -1620,12 +1625,20 @@ class Broker:
     def pause(
         self, tx: Tx, actor: Actor, name: str, *, paused: bool, reason: str = "", budget_day: str | None = None
     ) -> bool:
-        """Whether this changed anything. A resume also ends the wait of an agent that a failure has parked."""
-        row = tx.one("SELECT paused, state FROM agents WHERE name = ? AND NOT kept", name)
+        """Whether this changed anything: on top of a pause only one that holds more firmly does.
+
+        A resume also ends the wait of an agent that a failure has parked.
+        """
+        row = tx.one("SELECT paused, paused_by, budget_day, state FROM agents WHERE name = ? AND NOT kept", name)
         if row is None:
             raise Refused("unknown_agent", f"there is no agent {name!r}")
         parked = (HarnessState.NEEDS_LOGIN, HarnessState.RATE_LIMITED, HarnessState.FAILED)
-        if bool(row["paused"]) == paused and (paused or row["state"] not in parked):
+        if paused:
+            held = -1 if not row["paused"] else self._hold_of(row["paused_by"] or "", row["budget_day"])
+            idle = self._hold_of(str(actor), budget_day) <= held
+        else:
+            idle = not row["paused"] and row["state"] not in parked
+        if idle:
             return False
         why = (reason or None, str(actor), budget_day) if paused else (None, None, None)
         tx.execute(
@@ -1642,6 +1655,12 @@ class Broker:
         else:
             self.control(tx, name, Control.RESUME)
         return True
+
+    @staticmethod
+    def _hold_of(by: str, budget_day: str | None) -> int:
+        """How firmly a pause holds: a page's, a budget's until midnight, another of the system's, the operator's."""
+        who = by.partition(" ")[0]
+        return 3 if who == OPERATOR else 0 if who != SYSTEM else 1 if budget_day else 2
 
     def pause_from_page(self, tx: Tx, name: str, *, paused: bool) -> None:
         """Whoever has the link to an agent's page may hold it, and let go what the page held; no more than that."""
@@ -2034,13 +2053,13 @@ class Broker:
         return self.acknowledge(OPERATOR, ids) if ids else 0
 
     def close_mail(self, tx: Tx, name: str) -> None:
-        """A purge: what waits for this name closes, so that a namesake starts with an empty inbox."""
-        tx.execute(
+        """A purge: what waits for this name, or was set aside, closes: a namesake starts with an empty inbox."""
+        close = (
             "UPDATE messages SET state = 'closed', resolved_at = ?"
-            " WHERE recipient = ? AND state IN ('queued', 'leased')",
-            now_ms(),
-            name,
+            " WHERE recipient = ? AND state IN ('queued', 'leased', 'dead') RETURNING id"
         )
+        for row in tx.execute(close, now_ms(), name).fetchall():
+            tx.changed("message", row["id"])
         for row in tx.execute(
             "SELECT * FROM questions WHERE status = 'open' AND (asker = ?1 OR target = ?1)", name
         ).fetchall():
@@ -2123,7 +2142,7 @@ class Budgets:
     def _stop(self, tx: Tx, agent: str | None, reason: str) -> None:
         every = [row["name"] for row in tx.execute("SELECT name FROM agents WHERE NOT kept ORDER BY name").fetchall()]
         today = day_of(now_ms())
-        for name in [agent] if agent else every:
+        for name in every if agent is None else {agent}.intersection(every):
             self._broker.pause(tx, SYSTEM_ACTOR, name, paused=True, reason=reason, budget_day=today)
         whom = "It is paused" if agent else "All agents are paused"
         self._tell(tx, "budget_reached", f"{reason}. {whom} until tomorrow, or until you resume.", agent)
@@ -2576,6 +2595,11 @@ def digest_of(row: sqlite3.Row) -> str:
 
 
 BASED: Final = (Kind.APPLY, Kind.INPUTS)  # changes to what an agent runs
+SAME_SQL: Final = """
+    SELECT id FROM approvals WHERE fingerprint = ?1 AND status = 'pending'
+    UNION ALL SELECT a.id FROM deploys d JOIN approvals a ON a.id = d.approval
+    WHERE d.phase = 'queued' AND d.not_before > ?2 AND a.fingerprint = ?1
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2616,12 +2640,10 @@ class Approvals:
         return row
 
     def request(self, actor: Actor, request: Request) -> int:
-        """File a request; returns its id, or that of the same request when one is pending."""
+        """File a request; returns its id, or that of the same request when one is pending, or may be so again."""
 
         def work(tx: Tx) -> int:
-            same = tx.value(
-                "SELECT id FROM approvals WHERE fingerprint = ? AND status = 'pending'", request.fingerprint
-            )
+            same = tx.value(SAME_SQL, request.fingerprint, now_ms())
             if same is not None:
                 return int(same)
             self._check(tx, request)
@@ -2702,16 +2724,17 @@ class Approvals:
         def work(tx: Tx) -> None:
             row = self._row(tx, approval)
             waiting = "SELECT id FROM deploys WHERE approval = ? AND phase = 'queued' AND not_before > ?"
-            deploy = tx.value(waiting, approval, now_ms())
-            if row["status"] != Status.APPROVED or deploy is None:
+            deploys = [deploy["id"] for deploy in tx.execute(waiting, approval, now_ms())]  # of inputs for all: many
+            if row["status"] != Status.APPROVED or not deploys:
                 raise Refused("conflict", f"request {approval} can't be undone any more", "`rollback` goes back")
-            tx.execute("DELETE FROM deploys WHERE id = ?", deploy)
+            for deploy in deploys:
+                tx.execute("DELETE FROM deploys WHERE id = ?", deploy)
+                tx.changed("deploy", deploy)
             tx.execute(
                 "UPDATE approvals SET status = 'pending', note = NULL, resolved_at = NULL, resolved_by = NULL"
                 " WHERE id = ?",
                 approval,
             )
-            tx.changed("deploy", deploy)
             if row["kind"] == Kind.SPAWN:
                 self.unadmit(tx, row["agent"])
             tx.audit(actor, "undo", f"approval {approval}")
@@ -2893,7 +2916,8 @@ class Approvals:
             )
         else:
             tx.execute(
-                "UPDATE agents SET kept = 0, wanted = 1, paused = 0, failed = NULL, state = 'offline', state_since = ?,"
+                "UPDATE agents SET kept = 0, wanted = 1, failed = NULL, state = 'offline', state_since = ?,"
+                " paused = 0, pause_reason = NULL, paused_by = NULL, budget_day = NULL,"
                 " state_reason = NULL, description = CASE WHEN ?2 = '' THEN description ELSE ?2 END WHERE name = ?3",
                 now_ms(),
                 description,

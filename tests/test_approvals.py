@@ -307,6 +307,32 @@ def test_an_approval_can_be_undone_until_its_deploy_begins(folder: Path) -> None
         assert hive.api("POST", f"{path}/undo", {}).status == 409
 
 
+def test_an_undo_takes_back_the_deploys_of_all_agents(folder: Path) -> None:
+    with Hive(folder, undo_s=60) as hive:
+        hive.spawn("alice", "bob", "carol")
+        hive.stop()
+        with closing(sqlite3.connect(hive.state / "hive.sqlite")) as database, database:  # what only containers can ask
+            database.execute(
+                "INSERT INTO approvals (kind, agent, requested_by, requested_at, fingerprint)"
+                " VALUES ('update_inputs', '*', 'manager', 0, 'newer')"
+            )
+        hive.start()
+        before = hive.ask(cmd="deploys")["deploys"]
+        assert hive.api("POST", "/api/approvals/1/approve", {"undo": True}).status == 200
+        assert len(hive.ask(cmd="deploys")["deploys"]) == len(before) + 3
+        assert hive.api("POST", "/api/approvals/1/undo", {}).status == 200
+        assert hive.ask(cmd="deploys")["deploys"] == before and show(hive, 1)["status"] == "pending"
+
+
+def test_who_asks_again_does_not_hinder_an_undo(folder: Path, source: Source) -> None:
+    with Hive(folder, undo_s=60) as hive:
+        approval, sha = proposed(hive.spawn("manager", "alice"), source, {"agent.nix": b"# new\n"})
+        assert hive.api("POST", f"/api/approvals/{approval}/approve", {"undo": True}).status == 200
+        assert propose(hive, source, sha)["id"] == approval
+        assert hive.api("POST", f"/api/approvals/{approval}/undo", {}).status == 200
+        assert [row["id"] for row in hive.ask(cmd="pending")["approvals"]] == [approval]
+
+
 # ── schedules ──
 
 

@@ -1,8 +1,10 @@
 """The broker: mail between agents, operator and system, as agents and operator see it at their sockets."""
 
 import json
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -223,6 +225,25 @@ def test_ping_pong_pauses_both_and_the_operator_is_told(folder: Path) -> None:
             assert agent_row(hive, "alice")["paused"] and len(told(hive, "paused")) == 2
 
 
+def test_much_mail_for_a_destroyed_agent_is_no_ping_pong(folder: Path) -> None:
+    with Hive(folder, limits={"ping_pong": 4}) as hive:
+        hive.spawn("alice", "bob").ask(cmd="destroy", name="bob")
+        with hive.agent("alice") as alice:
+            send(alice, "bob", *"abcdef")
+        assert not agent_row(hive, "alice")["paused"] and not told(hive, "paused")
+
+
+def test_an_agents_resume_is_no_word_of_the_operator_whatever_its_name(folder: Path) -> None:
+    with Hive(folder, limits={"ping_pong": 4}) as hive:
+        hive.spawn("alice", "operators")
+        with hive.agent("alice") as alice, hive.agent("operators") as namesake:
+            send(alice, "operators", *"abcd")
+            for do in ("pause", "resume"):
+                assert namesake.ask("page_control", do=do)["ok"]
+            send(alice, "operators", "e")
+        assert agent_row(hive, "operators")["paused"]
+
+
 # ── leasing ──
 
 
@@ -397,6 +418,51 @@ def test_hello_says_what_lasts(folder: Path) -> None:
         assert bob.ask("lease", wait_s=0)["control"] == []
 
 
+# Each takes the place of those before it, and of none after it.
+PAUSES: list[tuple[str, Callable[[Hive, Line], Any]]] = [
+    ("bob (page)", lambda hive, bob: bob.ask("page_control", do="pause")),
+    ("system", lambda hive, bob: spend(bob, 1.5)),
+    ("operator", lambda hive, bob: hive.ask(cmd="set_paused", name="bob", paused=True)),
+]
+
+
+def spend(line: Line, cost: float) -> Any:
+    counts = dict.fromkeys(("input_tokens", "output_tokens", "cache_read_tokens", "cache_creation_tokens"), 1)
+    return line.ask("report", usage={"turn": "t", "duration_ms": 1, "cost_usd": cost, **counts})
+
+
+@pytest.mark.parametrize("first", range(3))
+@pytest.mark.parametrize("second", range(3))
+def test_of_two_pauses_the_firmer_holds(folder: Path, first: int, second: int) -> None:
+    with Hive(folder, daily_budget_usd=1.0) as hive:
+        hive.spawn("alice", "bob")
+        with hive.agent("bob") as bob, hive.agent("alice") as alice:
+            assert PAUSES[1][1](hive, alice)["ok"]
+            for number in (first, second):
+                assert PAUSES[number][1](hive, bob)["ok"]
+            firmest = max(first, second)
+            assert agent_row(hive, "bob")["paused_by"].startswith(PAUSES[firmest][0])
+            assert bob.ask("page_control", do="resume").get("code") == ("forbidden" if firmest else None)
+        hive.stop()
+        with closing(sqlite3.connect(hive.state / "hive.sqlite")) as database, database:
+            database.execute("UPDATE agents SET budget_day = '2020-01-31' WHERE budget_day NOT NULL")
+        hive.start()
+        wait_for(lambda: not agent_row(hive, "alice")["paused"], "the new day")
+        assert agent_row(hive, "bob")["paused"] == (firmest == 2)
+
+
+def test_an_agent_that_comes_back_has_no_pause_of_its_earlier_life(folder: Path) -> None:
+    with Hive(folder, daily_budget_usd=1.0) as hive:
+        with hive.spawn("bob").agent("bob") as bob:
+            spend(bob, 1.5)
+        hive.ask(cmd="destroy", name="bob")
+        hive.spawn("bob")
+        hive.stop()
+        with closing(sqlite3.connect(hive.state / "hive.sqlite")) as database:
+            (left,) = database.execute("SELECT paused, pause_reason, paused_by, budget_day FROM agents").fetchall()
+        assert left == (0, None, None, None)
+
+
 # ── questions ──
 
 
@@ -567,6 +633,20 @@ def test_a_purge_closes_the_mail_and_a_namesake_begins_with_nothing(folder: Path
         with hive.agent("bob") as bob:
             assert lease(bob, wait_s=1) == []
         assert hive.ask(cmd="rollback", name="bob")["code"] == "not_found"
+
+
+def test_a_namesake_is_not_given_what_was_set_aside(folder: Path) -> None:
+    with Hive(folder, limits={"attempts": 1}) as hive:
+        hive.spawn("alice", "bob")
+        with hive.agent("alice") as alice, hive.agent("bob") as bob:
+            (number,) = send(alice, "bob", "poison")
+            lease(bob)
+            bob.ask("nack", ids=[number], reason="it failed")
+        assert message(hive, number)["state"] == "dead"
+        assert hive.ask(cmd="destroy", name="bob", purge=True)["ok"]
+        hive.spawn("bob")
+        assert message(hive, number)["state"] == "closed"
+        assert hive.api("POST", f"/api/messages/{number}/give_again", {}).status == 409
 
 
 # ── names and ports ──
