@@ -390,7 +390,7 @@ class Fields:
 
 def parse_json(line: bytes | str, what: str) -> Fields:
     try:
-        return Fields(json.loads(line), what)
+        return Fields(json.loads(line if isinstance(line, str) else line.decode()), what)
     except (ValueError, RecursionError) as problem:
         raise HarnessError("bad_json", f"{what} is not JSON: {problem}.") from None
 

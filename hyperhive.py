@@ -481,11 +481,12 @@ def check_sha(value: str) -> str:
 def parse_object(line: bytes | str, what: str = "the request") -> Json:
     """One JSON object. Refuses what Python reads and others can't, or read otherwise.
 
-    That is: lone surrogates, NaN, 1e999, deep nesting, and a key that stands twice in one object.
+    That is: UTF-16, lone surrogates, NaN, 1e999, deep nesting, and a key that stands twice in one object.
     """
     try:
+        text = line if isinstance(line, str) else line.decode()
         value = json.loads(
-            line, parse_constant=_no_constant, parse_float=_number, object_pairs_hook=_object_without_doubles
+            text, parse_constant=_no_constant, parse_float=_number, object_pairs_hook=_object_without_doubles
         )
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError, UnicodeError) as error:
@@ -740,6 +741,14 @@ class Finished:
         return self.stdout.decode(errors="replace")
 
 
+def popen(argv: Sequence[str], **how: Any) -> subprocess.Popen[bytes]:
+    """Start a child; `Refused` where there is no such program, or it can't be run."""
+    try:
+        return subprocess.Popen(argv, **how)
+    except OSError as error:
+        raise Refused("internal", f"can't run {argv[0]}: {error.strerror}", "is it installed and on PATH?") from None
+
+
 def run(
     argv: Sequence[str],
     *,
@@ -756,19 +765,15 @@ def run(
     with tempfile.TemporaryFile() as given:
         given.write(stdin or b"")
         given.seek(0)
-        try:
-            child = subprocess.Popen(
-                argv,
-                env=dict(env),
-                cwd=cwd,
-                stdin=given,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-        except OSError as error:
-            hint = "is it installed and on PATH?"
-            raise Refused("internal", f"can't run {argv[0]}: {error.strerror}", hint) from None
+        child = popen(
+            argv,
+            env=dict(env),
+            cwd=cwd,
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
     try:
         stdout, stderr = read_output(child, argv[0], max_bytes, deadline)
         child.wait(max(0.0, deadline - time.monotonic()))
@@ -819,10 +824,7 @@ def run_at_terminal(argv: Sequence[str], env: Mapping[str, str], lifeline: socke
     """Lend our terminal to a command until it ends. When the other end of `lifeline` hangs up, it is terminated."""
     ours = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TERM", "COLORTERM") if key in os.environ}
     terminal = termios.tcgetattr(0) if os.isatty(0) else None
-    try:
-        child = subprocess.Popen(argv, env={**ours, **env})
-    except OSError as error:
-        raise Refused("internal", f"can't run {argv[0]}: {error.strerror}", "is it installed and on PATH?") from None
+    child = popen(argv, env={**ours, **env})
 
     def watch() -> None:
         with contextlib.suppress(OSError):
@@ -896,18 +898,15 @@ def run_aloud(
     shown = shlex.join(argv)
     excerpt = Excerpt(say)
     say([f"$ {shown}"])
-    try:
-        child = subprocess.Popen(
-            argv,
-            env=dict(env),
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise Refused("internal", f"can't run {argv[0]}: {error.strerror}", "is it installed and on PATH?") from None
+    child = popen(
+        argv,
+        env=dict(env),
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         _follow(child, excerpt, time.monotonic() + timeout_s, stop)
         if child.poll() is None:
@@ -938,7 +937,7 @@ def _follow(child: subprocess.Popen[bytes], excerpt: Excerpt, deadline: float, s
 def start_time_of(pid: int) -> int | None:
     """Clock ticks since boot at which a process began: with its id it names one process for ever (proc(5))."""
     try:
-        stat_line = Path(f"/proc/{pid}/stat").read_text()
+        stat_line = Path(f"/proc/{pid}/stat").read_text(errors="replace")  # with what it calls itself: any bytes
     except OSError:
         return None
     fields = stat_line.rpartition(")")[2].split()
@@ -1320,18 +1319,22 @@ class Store:
             return connection.execute(sql, values).fetchall()
 
     def row(self, sql: str, *values: Any) -> sqlite3.Row | None:
-        return next(iter(self.rows(sql, *values)), None)
+        with self.read() as connection:
+            return typing.cast("sqlite3.Row | None", connection.execute(sql, values).fetchone())
 
     def backup(self, target: Path) -> None:
         """A consistent copy while we run. The target must not exist."""
-        connection = _connect(self._path)  # not one of the readers: they may write nothing, nowhere
         try:
             target.touch(mode=0o600, exist_ok=False)
-            connection.execute("VACUUM INTO ?", (str(target),))
+            try:
+                # Not one of the readers: they may write nothing, nowhere.
+                with contextlib.closing(_connect(self._path)) as connection:
+                    connection.execute("VACUUM INTO ?", (str(target),))
+            except BaseException:
+                target.unlink()
+                raise
         except (OSError, sqlite3.Error) as error:
             raise Refused("storage", f"can't write the backup {target}: {error}") from None
-        finally:
-            connection.close()
 
     def close(self) -> None:
         self._closed = True
@@ -1413,30 +1416,39 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 def _open_database(path: Path) -> sqlite3.Connection:
     """Open, check and migrate. A database from the future or a damaged one is refused, and left as it is."""
-    path.touch(mode=0o600)
     try:
+        path.touch(mode=0o600)
         connection = _connect(path)
-        problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if problem != "ok":
-            raise sqlite3.DatabaseError(problem)
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(MIGRATIONS):
-            raise Refused(
-                "conflict",
-                f"{path} was written by a newer hyperhive (schema {version}; this one knows {len(MIGRATIONS)})",
-                "run the newer version, or restore a backup from before the update",
-            )
-        for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
-            connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
-    except sqlite3.Error as error:
+        try:
+            _bring_up(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+    except (OSError, sqlite3.Error) as error:
         raise _unusable(path, error) from None
     return connection
 
 
-def _unusable(path: Path, error: sqlite3.Error) -> Refused:
+def _bring_up(connection: sqlite3.Connection, path: Path) -> None:
+    problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if problem != "ok":
+        raise sqlite3.DatabaseError(problem)
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise Refused(
+            "conflict",
+            f"{path} was written by a newer hyperhive (schema {version}; this one knows {len(MIGRATIONS)})",
+            "run the newer version, or restore a backup from before the update",
+        )
+    for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+        connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
+
+
+def _unusable(path: Path, error: OSError | sqlite3.Error) -> Refused:
     """Damage is what sqlite calls damage, or what its check found: not a full disk, nor a file that isn't ours."""
     code = getattr(error, "sqlite_errorcode", None)
-    if code is not None and code & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    damaged = code is None or code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    if isinstance(error, OSError) or not damaged:
         return Refused("storage", f"{path} can't be used: {error}", "is the disk full, or the file another user's?")
     backup = last_backup(path)
     remedy = f"stop the daemon and run `hyperhive.py restore {backup or 'FILE'}`"
@@ -1456,8 +1468,8 @@ def last_backup(database: Path) -> str:
 # Mail is handed out at one place: before each commit, every mailbox that the transaction touched is
 # offered to its waiting leases, and the rows are marked in that same transaction; the answer leaves
 # right after the commit, from the writer thread. A lease that finds mail, one that waits for it, a
-# send, a return and a resume are therefore the same path, and leases need no lock: all of `Broker`'s
-# own state belongs to the writer thread.
+# send, a return and a resume are therefore the same path, and leases need no lock: `Broker`'s own state
+# belongs to the writer thread, but for `_leaving` and `_unreturned`, which is a queue for that reason.
 
 LEASE_BYTES: Final = 256 * 1024  # of bodies in one answer; at least one message
 PING_PONG_SQL: Final = """
@@ -1494,7 +1506,7 @@ class Broker:
         self._leaving = False
         self._waits: dict[str, list[_Wait]] = defaultdict(list)
         self._leases: dict[LeaseHolder, set[int]] = defaultdict(set)
-        self._unreturned: list[tuple[str, LeaseHolder]] = []
+        self._unreturned: deque[tuple[str, LeaseHolder]] = deque()
         self._controls: dict[str, list[Json]] = defaultdict(list)
         self._allowance: dict[str, tuple[float, float]] = {}  # sender → (tokens, at)
         store.before_commit = self._hand_out
@@ -1758,15 +1770,14 @@ class Broker:
 
         try:
             self.store.write(work)
-        except Refused as error:  # a full disk: nobody else will ask for this mail again
+        except (Refused, sqlite3.Error) as error:  # a full disk, say: nobody else will ask for this mail again
             log.warning("the mail that %s had leased can't be taken back now: %s", agent, error)
             self._unreturned.append((agent, holder))
 
     def return_late(self) -> None:
         """Called each tick: take back what could not be stored when its connection closed."""
-        unreturned, self._unreturned = self._unreturned, []
-        for agent, holder in unreturned:
-            self.connection_closed(agent, holder)
+        for _ in range(len(self._unreturned)):  # each once: what fails again is put back
+            self.connection_closed(*self._unreturned.popleft())
 
     def leave(self) -> None:
         """The daemon is about to close its connections."""
@@ -2936,7 +2947,10 @@ class Approvals:
     def remind_waiting(self) -> None:
         """Called each tick: a request that waits too long is brought up once more."""
         before = now_ms() - int(self._config.remind_after_s * 1000)
-        late = "SELECT * FROM approvals WHERE status = 'pending' AND reminded_at IS NULL AND requested_at <= ?"
+        late = (
+            "SELECT id, kind, agent, requested_by FROM approvals"
+            " WHERE status = 'pending' AND reminded_at IS NULL AND requested_at <= ?"
+        )
         if self._config.remind_after_s and self._store.row(late, before):
             self._store.write(lambda tx: self._remind(tx, tx.execute(late, before).fetchall()))
 
@@ -3125,7 +3139,7 @@ class ProcessContainers:
         if log_file.exists() and log_file.stat().st_size > 8 * 1024 * 1024:
             log_file.replace(log_file.with_suffix(".log.1"))
         with log_file.open("ab") as output:
-            return subprocess.Popen(
+            return popen(
                 [sys.executable, str(HERE / "harness.py"), "run"],
                 env=self._environment(name),
                 cwd="/",
@@ -4478,7 +4492,8 @@ class Prechecks:
         if not self.is_on:
             return
         if self._now is not None:
-            row = self._store.row("SELECT * FROM approvals WHERE id = ?", self._now[0])
+            shown = "SELECT id, status, fingerprint, fetched_sha, base_sha FROM approvals WHERE id = ?"
+            row = self._store.row(shown, self._now[0])
             if row is None or row["status"] != Status.PENDING or digest_of(row) != self._now[1]:
                 self._stop.set()
         elif self._next() is not None:

@@ -221,6 +221,14 @@ def test_what_does_not_end_is_ended_with_all_it_started(folder: Path) -> None:
     wait_for(lambda: not processes_of(folder), "the end of them all")
 
 
+def test_a_process_may_call_itself_anything() -> None:
+    script = r"open('/proc/self/comm', 'wb').write(b'\xc3'); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin and child.stdout and child.stdout.readline()
+        assert hyperhive.start_time_of(child.pid)
+        child.stdin.write(b"\n")
+
+
 def test_a_grandchild_that_holds_the_pipe_is_not_waited_for(folder: Path) -> None:
     with pytest.raises(Refused, match="failed with status 3"):
         aloud(folder, "sleep 1000 & exit 3")

@@ -360,6 +360,7 @@ def test_any_value_is_taken_or_refused_and_spoils_nothing(folder: Path) -> None:
         b'{"cmd":"set_status","text":"\\ud800"}', b'{"cmd":"set_status","text":"\xed\xa0\x80"}',
         b'{"cmd":"remind","body":"x","delay_s":NaN}', b'{"cmd":"remind","body":"x","delay_s":Infinity}',
         b'{"cmd":"remind","body":"x","delay_s":1e999}', b'{"cmd":"list_agents","x":' + b"9" * 5000 + b"}",
+        *('{"cmd":"list_agents"}'.encode(encoding) for encoding in ("utf-8-sig", "utf-16-le", "utf-32-be")),
         *(b'{"cmd":"list_agents","x":' + b"[" * deep + b"]" * deep + b"}" for deep in (500, 980, 1000, 5000, 100_000)),
     ],
     ids=lambda line: repr(line[:30]),

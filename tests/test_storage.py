@@ -128,6 +128,15 @@ def test_a_damaged_database_without_a_backup(stopped: Hive) -> None:
     assert "no backup is on record" in serve(stopped).stderr
 
 
+def test_a_database_that_can_not_be_opened_is_no_crash(stopped: Hive) -> None:
+    database = stopped.state / "hive.sqlite"
+    database.unlink()
+    database.symlink_to("/no/such/disk/hive.sqlite")
+    refused = serve(stopped)
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr, refused.stderr
+    assert str(database) in refused.stderr and "damaged" not in refused.stderr
+
+
 def test_a_second_daemon_is_refused_and_told_whose_folder_this_is(hive: Hive) -> None:
     assert hive.daemon is not None
     second = serve(hive, port=free_ports())
@@ -173,6 +182,17 @@ def test_a_backup_overwrites_nothing(stopped: Hive, folder: Path) -> None:
         refused = stopped.ask(cmd="backup", path=str(path))
         assert (refused["ok"], refused["code"]) == (False, "storage") and str(path) in refused["error"]
     assert (folder / "precious").read_text() == "keep me"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
+def test_a_backup_that_fails_does_not_stand_in_the_way_of_the_next(hive: Hive, folder: Path) -> None:
+    with small_disk(folder / "usb", 8) as fill:
+        fill()
+        path = folder / "usb/monday.sqlite"
+        refused = hive.ask(cmd="backup", path=str(path))
+        assert refused["code"] == "storage" and not path.exists()
+        (folder / "usb/ballast").unlink()
+        assert hive.ask(cmd="backup", path=str(path))["ok"]
 
 
 def test_what_is_no_backup_is_not_restored(stopped: Hive, folder: Path) -> None:
