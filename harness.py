@@ -58,6 +58,7 @@ import sys
 import tempfile
 import threading
 import time
+import typing
 import urllib.parse
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -90,9 +91,12 @@ KEEP_EVENTS_BYTES: Final = 500 << 20
 
 INTERRUPT_S: Final = 30.0  # from interrupt to kill
 INTERRUPT_AGAIN_S: Final = 1.0
-SWEEP_S: Final = 5.0
+SWEEPS, SWEEP_S = 20, 5.0  # looks for what a session left running, and patience with each that was found
+ENVIRON_BYTES: Final = 1 << 20
 STOP_TURN_S, STOP_PROCESS_S, STOP_FLUSH_S = 4.0, 1.5, 1.0  # together well under ten seconds
 
+MAX_STATUS: Final = 200
+LAST_MOMENT: Final = 253_402_300_800.0  # the year 10000 begins: no calendar here goes further
 PAGE_CONNECTIONS: Final = 32
 PAGE_BODY: Final = 128 << 10
 PAGE_WRONG_TOKENS: Final = 10  # a minute, from one address
@@ -187,6 +191,11 @@ def log(text: str) -> None:
 def rfc3339(seconds: float) -> str:
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def midnight() -> float:
+    """When today began, on the clock of this machine."""
+    return datetime.datetime.now().astimezone().replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
 
 
 def encode(value: object) -> bytes:
@@ -433,6 +442,10 @@ def parse_hello(fields: Fields) -> Hello:
     )
 
 
+def is_session(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f-]{36}", text) is not None
+
+
 def is_model_name(text: str) -> bool:
     # Claude takes any text as a model and fails in the next turn; a leading hyphen would be an option of its.
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:@/\[\]-]{0,99}", text) is not None
@@ -565,7 +578,7 @@ class MailLink(threading.Thread):
     """Keeps a lease parked at the host for ever; what comes goes into the inbox.
 
     `tell` (ack, nack) may be called by any thread: the host then ends the parked lease, answers it and
-    the request in order, and this thread parks the next one.
+    the request in order, and this thread parks the next one, as long as it `takes_mail`.
     """
 
     def __init__(self, path: Path, inbox: Inbox, greeting: Callable[[], Json]) -> None:
@@ -574,6 +587,7 @@ class MailLink(threading.Thread):
         self._lock = threading.Lock()
         self._wire: Wire | None = None
         self._waiting: collections.deque[Callable[[Fields | None], None]] = collections.deque()
+        self.takes_mail = True  # until the harness stops: what was given back would only come again
 
     def run(self) -> None:
         pause, told = RECONNECT_S[0], ""
@@ -592,7 +606,7 @@ class MailLink(threading.Thread):
             pause = min(pause * 2, RECONNECT_S[1])
 
     def tell(self, request: Json, then: Callable[[Fields | None], None] = lambda answer: None) -> None:
-        """Sends at once; `then` gets the answer on this thread, or None if the connection breaks first."""
+        """Sends at once. `then` gets the answer on the link's thread; None, on any, if there is no connection."""
         with self._lock:
             if self._wire is not None:
                 with contextlib.suppress(OSError):
@@ -616,7 +630,7 @@ class MailLink(threading.Thread):
         while True:
             with self._lock:
                 idle = not self._waiting
-            if idle:
+            if idle and self.takes_mail:
                 self.tell({"cmd": "lease", "max": LEASE_MAX, "wait_s": LEASE_WAIT_S}, self._leased)
             answer = wire.receive()
             with self._lock:
@@ -893,9 +907,13 @@ class Ended:
     status: int | None
     terminal_reason: str
     total_cost_usd: float
-    duration_ms: int
     usage: Mapping[str, int]
-    model: str | None
+    models: Mapping[str, ModelUse]
+
+
+@dataclass(frozen=True)
+class ModelUse:
+    total_cost_usd: float  # like the result's it grows over the life of the process
     context_window: int | None
 
 
@@ -932,6 +950,8 @@ def translate(line: Fields) -> Iterator[StreamEvent]:
             status = line.object("patch").maybe("status", str)
             if status not in (None, "pending", "running"):
                 yield Background(line.text("task_id"), running=False)
+        case ("system", "task_notification"):  # the end of a long command in the foreground is told so alone
+            yield Background(line.text("task_id"), running=False)
         case ("system", "api_retry"):
             yield Retrying(int(line.number("attempt", 0)), line.maybe("error", str) or "unknown")
         case ("assistant", _) if parent is None and (error := line.maybe("error", str)):
@@ -949,7 +969,7 @@ def translate(line: Fields) -> Iterator[StreamEvent]:
             yield from translate_partial(line.object("event"))
         case ("rate_limit_event", _):
             limit = line.object("rate_limit_info")
-            if limit.maybe("status", str) == "rejected" and (resets := limit.number("resetsAt", 0)):
+            if limit.maybe("status", str) == "rejected" and 0 < (resets := limit.number("resetsAt", 0)) < LAST_MOMENT:
                 yield Limited(resets)
         case ("control_request", _):
             yield Asked(line.text("request_id"), line.object("request"))
@@ -1009,8 +1029,7 @@ def context_tokens(usage: Fields) -> int:
 
 def translate_result(line: Fields) -> Ended:
     usage, models = line.object("usage"), line.object("modelUsage")
-    model = max(models.value, key=lambda name: models.object(name).number("costUSD", 0), default=None)
-    window = models.object(model).maybe("contextWindow", int) if model else None
+    uses = ((name, models.object(name)) for name in models.value)
     keys = {
         "input_tokens": "input_tokens",
         "output_tokens": "output_tokens",
@@ -1022,10 +1041,8 @@ def translate_result(line: Fields) -> Ended:
         status=line.maybe("api_error_status", int),
         terminal_reason=line.maybe("terminal_reason", str) or "",
         total_cost_usd=line.number("total_cost_usd", 0),
-        duration_ms=int(line.number("duration_ms", 0)),
         usage={ours: int(usage.number(theirs, 0)) for ours, theirs in keys.items()},
-        model=model,
-        context_window=window,
+        models={name: ModelUse(use.number("costUSD", 0), use.maybe("contextWindow", int)) for name, use in uses},
     )
 
 
@@ -1051,7 +1068,8 @@ class ClaudeProcess:
         self.silent = True  # whether it has not said a word yet: it answers `initialize` before it reads any mail
         self.began = False  # whether it has said `init`
         self.lost = False  # whether it ended a turn before that: it does not know the session to be resumed
-        self.cost_usd = 0.0  # what it has counted so far
+        self.cost_usd = 0.0  # what it has counted so far, and
+        self._spent: dict[str, float] = {}  # the same by model
         self.tasks: set[str] = set()  # that run in the background
         self.headings: set[str] = set()  # of the mail it has echoed; its transcript may lag behind
         self._garbage: str | None = None
@@ -1096,6 +1114,13 @@ class ClaudeProcess:
     def kill(self) -> None:
         self._child.kill()
 
+    def charge(self, ended: Ended, active: str | None) -> str | None:
+        """Takes over what Claude has counted. Returns the model that cost most since, the active one if none did."""
+        before, self._spent = self._spent, {name: use.total_cost_usd for name, use in ended.models.items()}
+        self.cost_usd = ended.total_cost_usd
+        grown = {name: (spent - before.get(name, 0), name == active) for name, spent in self._spent.items()}
+        return max(grown, key=lambda name: grown[name], default=None)
+
     def _send(self, line: Json) -> None:
         self._lines.put(encode(line) + b"\n")
 
@@ -1139,18 +1164,28 @@ def ending(status: int) -> str:
 
 def sweep_orphans(session: str) -> int:
     """Kills what a session left running, and waits until it is gone: it could still write. Returns how many."""
-    mark = f"{SESSION_MARK}={session}".encode()
-    ends: list[int] = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to read
-            if mark in path.read_bytes().split(b"\0"):
-                process = int(path.parent.name)
-                ends.append(os.pidfd_open(process))
-                signal.pidfd_send_signal(ends[-1], signal.SIGKILL)
-    for end in ends:
-        select.select([end], [], [], SWEEP_S)
-        os.close(end)
-    return len(ends)
+    mark, found = b"\0%s=%s\0" % (SESSION_MARK.encode(), os.fsencode(session)), 0
+    for _ in range(SWEEPS):
+        looked = [killed_if_marked(path, mark) for path in Path("/proc").glob("[0-9]*/environ")]
+        ends = [end for end in looked if end is not None]
+        for end in ends:
+            select.select([end], [], [], SWEEP_S)
+            os.close(end)
+        if not ends:  # what forks as fast as we look is found by a later look
+            break
+        found += len(ends)
+    return found
+
+
+def killed_if_marked(path: Path, mark: bytes) -> int | None:
+    """A pidfd of the process, if it has the mark in its environment; that file is as long as the process likes."""
+    with contextlib.suppress(OSError), path.open("rb") as file:  # gone meanwhile, or not ours to read
+        if mark in b"\0" + file.read(ENVIRON_BYTES) + b"\0":
+            end = os.pidfd_open(int(path.parent.name))
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(end, signal.SIGKILL)
+            return end
+    return None
 
 
 @dataclass(frozen=True)
@@ -1181,6 +1216,10 @@ def sign_in_fields(config: Config) -> Json:
 LOGIN_PROMPT: Final = "Paste code here if prompted >"  # what it says next stands on the same line
 
 
+def login_mark(config: Config) -> str:
+    return f"login of {config.state}"
+
+
 class Login:
     """`claude auth login` over pipes: it prints an address, takes a code, and ends with a status."""
 
@@ -1189,7 +1228,8 @@ class Login:
         self._url: str | None = None
         self._last = ""
         self._ended_by_us: str | None = None
-        self._child = open_claude(config, [*config.claude, "auth", "login"], stderr=subprocess.STDOUT)
+        marks = {SESSION_MARK: login_mark(config)}
+        self._child = open_claude(config, [*config.claude, "auth", "login"], stderr=subprocess.STDOUT, **marks)
         self._clock = threading.Timer(config.login_s, self.cancel, ["Nobody finished the sign-in in time."])
         self._clock.daemon = True
         self._clock.start()
@@ -1265,20 +1305,30 @@ class Session:
 
     path: Path
     session: str | None = None
+    begun: bool = False  # whether its Claude has said `init`: then it has a transcript, or lost it
     finished: list[int] = field(default_factory=list)  # given and done, but the host has not confirmed the ack
     name: str = ""
     manager: bool = False
-    model: str | None = None  # the operator's choice, and
+    model: str | None = None  # the operator's choice
+    status: str = ""  # what the agent says of itself
     pid: int = 0  # this service, for `attach`
 
     @classmethod
     def load(cls, path: Path) -> Session:
         try:
             fields = parse_json(path.read_bytes(), str(path))
-            finished = [item for item in fields.maybe("finished", list) or [] if isinstance(item, int)]
-            session, name = fields.maybe("session", str), fields.maybe("name", str) or ""
-            model, pid = fields.maybe("model", str), int(fields.number("pid", 0))
-            return cls(path, session, finished, name, fields.flag("manager"), model, pid)
+            session, model, pid = fields.maybe("session", str), fields.maybe("model", str), fields.maybe("pid", int)
+            return cls(
+                path,
+                session=session if session and is_session(session) else None,
+                begun=fields.flag("begun"),
+                finished=[item for item in fields.maybe("finished", list) or [] if isinstance(item, int)],
+                name=fields.maybe("name", str) or "",
+                manager=fields.flag("manager"),
+                model=model if model and is_model_name(model) else None,
+                status=cut(fields.maybe("status", str) or "", MAX_STATUS),
+                pid=pid or 0,
+            )
         except FileNotFoundError:
             return cls(path)
         except (OSError, HarnessError) as problem:
@@ -1298,8 +1348,7 @@ class Session:
 
 def transcripts(claude_folder: Path, session: str) -> list[Path]:
     """Claude's own record of a session: one file, if it is there."""
-    is_known = re.fullmatch(r"[0-9a-f-]{36}", session)
-    return list(claude_folder.glob(f"projects/*/{session}.jsonl")) if is_known else []
+    return list(claude_folder.glob(f"projects/*/{session}.jsonl")) if is_session(session) else []
 
 
 PLACE_MARK: Final = b'{"type":"last-prompt"'
@@ -1378,9 +1427,12 @@ def cut_texts(value: Any, limit: int) -> Any:
 
 def bounded(data: Json) -> Json:
     limit = EVENT_TEXT
-    while limit > 16 and len(encode(shorter := cut_texts(data, limit))) > EVENT_BYTES:
-        limit //= 2
-    return shorter if limit > 16 else {"text": cut(encode(data).decode(), EVENT_TEXT)}
+    try:
+        while limit > 16 and len(encode(shorter := cut_texts(data, limit))) > EVENT_BYTES:
+            limit //= 2
+        return shorter if limit > 16 else {"text": cut(encode(data).decode(), EVENT_TEXT)}
+    except RecursionError:
+        return {"text": "It is nested too deeply to be kept."}
 
 
 class EventStore:
@@ -1407,7 +1459,7 @@ class EventStore:
         self.trim()
 
     def _open(self, path: Path) -> sqlite3.Connection:
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=1)
         try:
             db.executescript(self.SCHEMA)
         except sqlite3.Error:
@@ -1445,13 +1497,14 @@ class EventStore:
 
     def cost_since(self, seconds: float) -> float:
         total = "SELECT coalesce(sum(json_extract(json, '$.cost_usd')), 0) FROM events"
-        return self._number(f"{total} WHERE kind = 'turn_end' AND at_ms >= ?", (int(seconds * 1000),))
+        whole = "kind = 'turn_end' AND at_ms >= ? AND json_valid(json)"
+        return self._number(f"{total} WHERE {whole}", (int(seconds * 1000),))
 
     def trim(self) -> None:
         with self._lock, contextlib.suppress(sqlite3.Error):
             self._db.execute("DELETE FROM events WHERE at_ms < ?", (int((time.time() - KEEP_EVENTS_S) * 1000),))
-            while self._used_bytes() > KEEP_EVENTS_BYTES:
-                self._db.execute(self.DROP_A_TENTH)
+            while self._used_bytes() > KEEP_EVENTS_BYTES and self._db.execute(self.DROP_A_TENTH).rowcount:
+                pass
 
     def _used_bytes(self) -> int:
         pages, free, size = (
@@ -1463,11 +1516,8 @@ class EventStore:
         try:
             with self._lock:
                 rows = self._db.execute(query, values).fetchall()
-            return [
-                {"id": row[0], "at": rfc3339(row[1] / 1000), "turn": row[2], "kind": row[3], "data": json.loads(row[4])}
-                for row in rows
-            ]
-        except (sqlite3.Error, ValueError) as problem:
+            return [event_of(row) for row in rows]
+        except sqlite3.Error as problem:
             log(f"events cannot be read: {problem}")
             return []
 
@@ -1475,9 +1525,22 @@ class EventStore:
         try:
             with self._lock:
                 return float(self._db.execute(query, values).fetchone()[0])
-        except sqlite3.Error as problem:
+        except (sqlite3.Error, ValueError, TypeError) as problem:
             log(f"events cannot be read: {problem}")
             return 0
+
+
+def event_of(row: tuple[int, Any, Any, Any, Any]) -> Json:
+    """One that makes no sense is told as such: it keeps its place, and hides no other."""
+    event_id, at_ms, turn, kind, text = row
+    try:
+        if not (isinstance(turn, int) and isinstance(kind, str)):
+            raise HarnessError("bad_value", "a turn is a number, a kind is a text")
+        at, data = rfc3339(at_ms / 1000), parse_json(text, "it").value
+        return {"id": event_id, "at": at, "turn": turn, "kind": kind, "data": data}
+    except (HarnessError, TypeError, ValueError, OverflowError, OSError):
+        told = {"text": "An event of the agent's own database cannot be read."}
+        return {"id": event_id, "at": rfc3339(0), "turn": 0, "kind": "note", "data": told}
 
 
 def batches(events: Iterable[Json]) -> Iterator[list[Json]]:
@@ -1622,6 +1685,8 @@ class Journal(threading.Thread):
                 self._calls.call("report", self._unsent, patience_s=0)
             except Refused as problem:  # the same again would be refused again: go on with the next
                 log(f"the host refuses a report: {problem} ({', '.join(self._unsent)})")
+                if self._unsent.pop("events", None) and self._unsent:
+                    continue  # the agent may have written events of its own, but not what we say of it
             except HarnessError:
                 self._dirty = not self._closing  # try again, but hold nobody up who wants to end
                 return
@@ -1749,7 +1814,7 @@ def as_prompt(messages: Iterable[Message]) -> str:
     for message in messages:
         lines = [heading(message), *(f"> {line}" for line in message.body.splitlines())]
         if message.data:
-            lines.append("data: " + encode(message.data).decode())
+            lines.append(f"data: {json.dumps(message.data)}")  # in ASCII: a sign that breaks lines is spelled out
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -1790,8 +1855,7 @@ class Agent:
         self.hello: Hello | None = None
         self.row: Json = {}  # what the page shows; replaced as a whole
 
-        self._status_text: str | None = None
-        self._next_turn: str | None = None
+        self._next_turn: Json | None = None
         self._turn: Turn | None = None
         self._turns = journal.store.last_turn()
         self._held: dict[int, Message] = {}  # leased, not yet given to Claude
@@ -1816,10 +1880,12 @@ class Agent:
         self._standing = Standing(State.IDLE)
         self._stale = False  # whether more has changed than where it stands
         self._since = time.time()
+        self._day = midnight()  # that the row is of
 
     # The loop
 
     def run(self) -> None:
+        sweep_orphans(login_mark(self.config))
         if self.session.session and sweep_orphans(self.session.session):
             self._note("A Claude that an earlier harness had left running was ended.")
         self.link.start()
@@ -1857,14 +1923,15 @@ class Agent:
                 self.session.finished = [known for known in self.session.finished if known not in ids]
                 self.session.save()
             case StatusChanged():
+                self.session.save()
                 self._refresh()
             case Stop():
                 self._stopping = True
 
     def _proceed(self) -> None:
         """Starts what can be started now, and says where the agent stands."""
-        if self._attached and self._turn is None:
-            self._end_process()  # two on one session would fork it
+        if (self._attached or self._paused) and self._turn is None:
+            self._end_process()  # two on one session would fork it; one with a task in the background would go on
         if self._new_session_wanted and not (self._turn or self._attached or self._stopping):
             self._forget_session("A new session was asked for.")
         if not (self._turn or self._park or self._paused or self._attached or self._login or self._stopping):
@@ -1924,16 +1991,16 @@ class Agent:
 
     def _new_row(self) -> Json:
         report = self._state_report()
-        midnight = datetime.datetime.now().astimezone().replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
+        self._day = midnight()
         self.row = given(
             name=self.session.name,
             state=self._standing.state if self._connected or self._turn else "offline",
             state_since=rfc3339(self._since),
             state_reason=report.get("reason"),
             until=report.get("until"),
-            status_text=self._status_text or None,
+            status_text=self.session.status or None,
             active_model=self._active_model,
-            cost_today_usd=self.journal.store.cost_since(midnight),
+            cost_today_usd=self.journal.store.cost_since(self._day),
             daily_budget_usd=self.hello.daily_budget_usd if self.hello else None,
             paused=self._paused,
             rehearsal=self.config.rehearsal or None,
@@ -1956,11 +2023,11 @@ class Agent:
         return given(name=session.name, manager=session.manager, session=session.session, model=model, **self._context)
 
     def set_status_text(self, text: str) -> None:
-        self._status_text = text
+        self.session.status = text
         self.inbox.put(StatusChanged())
 
     def start_next_turn(self, note: str) -> None:
-        self._next_turn = note
+        self._next_turn = {"to": self.session.name, "body": note, "client_id": str(uuid.uuid4())}
 
     def _note(self, text: str) -> None:
         log(text)
@@ -1994,6 +2061,8 @@ class Agent:
             self._end_process()
         if self._park and self._park.until and time.time() >= self._park.until:
             self._park = None
+        if midnight() != self._day:
+            self._refresh()  # what it cost today is another sum now
 
     def _watch(self, turn: Turn, now: float) -> None:
         if now < turn.next_look(self._stall_s) or self._process is None:
@@ -2028,6 +2097,7 @@ class Agent:
         self.session.manager, self.session.pid = hello.manager, os.getpid()
         self.session.save()
         self.journal.connected(hello.last_event)
+        self._send_next_turn()
         self._refresh()
 
     def _on_disconnected(self) -> None:
@@ -2072,8 +2142,7 @@ class Agent:
             case "attach" if self.hello:
                 self._attached = True
                 if self.session.session is None:  # what is begun at the keyboard is gone on with
-                    self.session.session = str(uuid.uuid4())
-                    self.session.save()
+                    self._new_session()
                 write_for_claude(self.config.prompt_file, system_prompt(self.config, self.hello))
             case "detach":
                 self._detach()
@@ -2117,6 +2186,9 @@ class Agent:
             if not transcripts(self.config.claude_folder, self.session.session):  # nothing was said
                 self.session.session = None
                 self.session.save()
+        if self._attached:  # perhaps to sign in
+            self._sign_in = sign_in_fields(self.config)
+            self._park = None if self._park and self._park.failure is Failure.SIGN_IN else self._park
         self._attached = False
 
     def _interrupt(self, by: str) -> None:
@@ -2178,14 +2250,20 @@ class Agent:
             conversation = conversation | headings_in(self.config.claude_folder, process.launch.session)
         turn.unread[process.user(self._preface + prompt_again(mail, conversation))] = tuple(turn.messages)
 
+    def _new_session(self) -> str:
+        """Known before its Claude is: a harness that comes after one that was killed must find that Claude."""
+        self.session.session, self.session.begun = str(uuid.uuid4()), False
+        self.session.save()
+        return self.session.session
+
     def _start_process(self) -> ClaudeProcess:
         if self.hello is None:  # not possible for mail, which comes after it; a page could ask for more
             raise HarnessError("no_host", "There was no word from the host yet.")
-        session = self.session.session or str(uuid.uuid4())
+        session = self.session.session or self._new_session()
         servers = extra_servers(self.config)
         launch = Launch(
             session=session,
-            resume=self.session.session is not None,
+            resume=self.session.begun or bool(transcripts(self.config.claude_folder, session)),
             model=self._chosen_model,
             prompt_file=write_for_claude(self.config.prompt_file, system_prompt(self.config, self.hello)),
             servers_file=write_for_claude(self.config.servers_file, as_servers(servers)) if servers else None,
@@ -2224,6 +2302,8 @@ class Agent:
                 self._writing = self._writing + text if text else ""
                 if text:
                     self.journal.partial(self._writing)
+            case Replayed(line) if self._turn is None or line not in self._turn.unread:
+                pass  # not of ours: Claude echoes a change of its model, too
             case Ended() if process.launch.resume and not process.began:
                 process.lost = True  # the command ends now; what follows is done then
             case Ended():
@@ -2235,7 +2315,7 @@ class Agent:
         match event:
             case Replayed(line):
                 self._preface = ""
-                process.headings |= {title(turn.messages[message]) for message in turn.unread.pop(line, ())}
+                process.headings |= {title(turn.messages[message]) for message in turn.unread.pop(line)}
             case Spoke(tokens, error, explanation):
                 turn.error, turn.explanation = error, explanation
                 if tokens:
@@ -2261,8 +2341,8 @@ class Agent:
 
     def _on_began(self, process: ClaudeProcess, session: str, model: str | None) -> None:
         process.began = True
-        if session != self.session.session:
-            self.session.session = session
+        if (session, True) != (self.session.session, self.session.begun):
+            self.session.session, self.session.begun = session, True
             self.session.save()
         if model != self._active_model:
             self._active_model = model
@@ -2288,10 +2368,10 @@ class Agent:
     def _account(self, process: ClaudeProcess, turn: Turn, ended: Ended) -> float:
         """Reports what the turn used. Claude's total accumulates over the process; ours is the difference."""
         cost = max(0.0, ended.total_cost_usd - process.cost_usd)
-        process.cost_usd = ended.total_cost_usd
-        if ended.context_window:
-            self._context["context_window"] = ended.context_window
-        usage = given(turn=turn.uuid, model=ended.model, cost_usd=cost, duration_ms=turn.duration_ms)
+        model = process.charge(ended, self._active_model)
+        if model and (window := ended.models[model].context_window):
+            self._context["context_window"] = window
+        usage = given(turn=turn.uuid, model=model, cost_usd=cost, duration_ms=turn.duration_ms)
         self.journal.usage({**usage, **ended.usage, **self._context})
         return cost
 
@@ -2328,12 +2408,13 @@ class Agent:
     def _send_next_turn(self) -> None:
         if self._turn or not self._next_turn:
             return
-        note, self._next_turn = self._next_turn, None
-        message = {"to": self.session.name, "body": note, "client_id": str(uuid.uuid4())}
         try:
-            self.calls.call("send", message, patience_s=2)
+            self.calls.call("send", self._next_turn, patience_s=2)
+        except Unreachable:
+            return  # once there is a connection again
         except HarnessError as problem:
             self._note(f"The next turn that was asked for is not started: {problem.message}")
+        self._next_turn = None
 
     def _fail(
         self, turn: Turn, failure: Failure, detail: str = "", *, cost: float = 0.0, ended: Ended | None = None
@@ -2349,7 +2430,7 @@ class Agent:
         if self._alike == remedy.new_session_at:
             self._alike = 0
             self._forget_session(remedy.reason)
-        unread = turn.take_unread() if turn.read else []  # Claude never saw it: it can't be the cause
+        unread = turn.take_unread() if turn.read else []  # it is among what was read, if the mail was the cause
         self._give_back(unread, reason, blameless=True)
         self._give_back(list(turn.messages), reason, blameless=not remedy.blame)
         self._park = self._parked(failure, remedy, reason)
@@ -2358,7 +2439,7 @@ class Agent:
         if remedy.wait is Wait.NOT:
             return None
         base = self.config.backoff_s
-        until: float | None = time.time() + min(base * 2 ** (self._failures - 1), base * 15)
+        until: float | None = time.time() + min(base * 2 ** min(self._failures - 1, 4), base * 15)
         if remedy.wait is Wait.OPERATOR:
             until = None
         elif remedy.wait is Wait.RESET and self._resets_at and self._resets_at > time.time():
@@ -2411,10 +2492,10 @@ class Agent:
     def _forget_session(self, why: str) -> None:
         self._end_process()
         self._new_session_wanted = self._compact_wanted = False
-        if self.session.session:
+        if self.session.begun:
             self._preface = f"[hyperhive: {why} Your notes are in {self.config.state}/notes.md.]\n\n"
             self._note(why)
-        self.session.session = None
+        self.session.session, self.session.begun = None, False
         self._context.clear()
         self.session.save()
         self._refresh()
@@ -2422,16 +2503,17 @@ class Agent:
     def _shut_down(self) -> None:
         """In this order: interrupt, wait for the result, end the session, kill, sweep, give the mail back."""
         deadline = time.monotonic() + STOP_TURN_S
+        self.link.takes_mail = False
         self._interrupt("stop")
         while (turn := self._turn) and (left := deadline - time.monotonic()) > 0:
             self._watch(turn, time.monotonic())
             with contextlib.suppress(queue.Empty, HarnessError):
                 self._handle(self.inbox.get(timeout=min(left, INTERRUPT_AGAIN_S)))
-        if self._turn:
-            self._abandon(self._turn)
         if self._login:
             self._login.cancel()
         self._end_process()
+        if self._turn:
+            self._abandon(self._turn)
         flushed = threading.Event()
         self._give_back(list(self._held), "the harness was stopped", blameless=True)
         self.link.tell({"cmd": "nack", "ids": []}, lambda answer: flushed.set())
@@ -2888,7 +2970,10 @@ class Page:
 
     def send(self, body: Fields) -> Json:
         message = given(
-            to=self.agent.session.name, body=body.text("body"), client_id=body.maybe("client_id", str), via="page"
+            to=self.agent.session.name,
+            body=body.text("body"),
+            client_id=body.maybe("client_id", str) or str(uuid.uuid4()),
+            via="page",
         )
         return self.calls.call("send", message, patience_s=5)
 
@@ -2929,6 +3014,12 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: Any) -> None:
         pass  # the token is in no URL, but a line a request helps nobody
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class refuses, in the shape of all that this page refuses."""
+        self.close_connection = True
+        self.command = self.command or "GET"  # there is none in a line that is no request
+        self._answer_json({"error": message or http.HTTPStatus(code).phrase, "code": "bad_value"}, code)
 
     def do_GET(self) -> None:
         self._guarded(self._get)
@@ -2987,6 +3078,7 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
 
     def _check_token(self) -> None:
         self._page.guard.check(self.headers.get("Authorization"), self.client_address[0])
+        typing.cast(PageServer, self.server).admit(self.connection)
 
     def _read_body(self) -> Fields:
         origin = self.headers.get("Origin")
@@ -3050,18 +3142,37 @@ class PageServer(http.server.ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], page: Page) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._places = threading.BoundedSemaphore(PAGE_CONNECTIONS)
+        self._strangers: dict[socket.socket, None] = {}  # that have not shown the token, the oldest first
+        self._lock = threading.Lock()
         super().__init__(address, functools.partial(PageHandler, page))
 
+    def admit(self, request: socket.socket) -> None:
+        with self._lock:
+            self._strangers.pop(request, None)
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._places.acquire(blocking=False):
+        if not (self._places.acquire(blocking=False) or self._take_place()):
             self.shutdown_request(request)
             return
+        with self._lock:
+            self._strangers[request] = None
         super().process_request(request, client_address)
+
+    def _take_place(self) -> bool:
+        """Who has the right token is not kept out by those who have none."""
+        with self._lock:
+            oldest = next(iter(self._strangers), None)
+            if oldest is None:
+                return False
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and leaves
+        return self._places.acquire(timeout=1)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self.admit(request)
             self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -3383,6 +3494,8 @@ class Rehearsal:
                 self._interrupt.set()
             case "set_model":
                 self._model = f"rehearsal ({request['model']})"
+                said = f"<local-command-stdout>Set model to {request['model']}</local-command-stdout>"
+                self._replay({"type": "user", "message": {"role": "user", "content": said}, "uuid": str(uuid.uuid4())})
             case "end_session":
                 self._lines.put(None)
                 self._interrupt.set()
@@ -3655,7 +3768,7 @@ def run_tool_server(config: Config) -> int:
     def no_next_turn(note: str) -> None:
         raise HarnessError("no_turns", "This Claude is not run by the harness.", "Use remind.")
 
-    about_me = {"name": session.name, "manager": session.manager}
+    about_me = given(name=session.name, manager=session.manager, session=session.session, model=session.model)
     box = Toolbox(config, Calls(config.socket), lambda: about_me, lambda text: None, no_next_turn)
     serve_stdio(ToolServer(box, lambda: session.manager))
     return 0

@@ -468,6 +468,46 @@ def test_a_task_in_the_background_keeps_the_process_and_starts_a_turn(folder: Pa
         wait_for(lambda: not psutil.pid_exists(pid), "the idle process to end")
 
 
+def test_a_long_command_in_the_foreground_keeps_no_idle_process(folder: Path) -> None:
+    with Harness(folder, claude=str(CLAUDE), warm_s=0.5) as harness:
+        harness.host.wait_acked(harness.host.put(script(shell("sleep 4"), {"text": "Done."})))
+        pid = harness.claude_pid()
+        wait_for(lambda: not psutil.pid_exists(pid), "the idle process to end")
+
+
+def test_a_paused_agent_starts_no_turn_when_its_task_ends(harness: Harness, api: Api) -> None:
+    background = {"command": "sleep 2; echo finished", "run_in_background": True}
+    steps = ({"tools": [{"name": "Bash", "input": background}]}, {"text": "It runs."}, {"text": "It has ended."})
+    harness.host.wait_acked(harness.host.put(script(*steps)))
+    harness.host.control("pause")
+    harness.host.wait_state("paused")
+    wait_for(lambda: not processes_of(harness.folder, "sleep"), "the end of the task")
+    assert not psutil.pid_exists(harness.claude_pid())
+    assert len(harness.host.of("turn_start")) == 1
+
+
+def test_a_model_that_is_chosen_between_turns_starts_none(harness: Harness, api: Api) -> None:
+    host = harness.host
+    for number, model in enumerate(("claude-opus-4-8", "claude-haiku-4-5"), 1):
+        host.control("set_model", model=model)
+        host.wait_acked(host.put(f"with {model}"))
+        usage = host.wait(lambda number=number: list(host.usages.values())[number - 1 :], "its usage")[0]
+        assert api.requests[-1]["model"].startswith(model) and usage["model"].startswith(model)
+    assert host.wait_state("idle")
+    assert len(host.of("turn_start")) == 2
+
+
+def test_sigkill_of_the_harness_before_claude_has_begun(harness: Harness, api: Api) -> None:
+    done = harness.state / "done"
+    message = harness.host.put(script(shell(f"echo run >> {done}; sleep 1"), {"text": "Done."}))
+    harness.host.wait_event("note")  # that it was started
+    harness.end(signal.SIGKILL)
+    harness.start()
+    harness.host.wait_acked(message)
+    assert done.read_text() == "run\n" and transcript_of(harness).count('"type":"user","message"') >= 1
+    assert len(list(harness.folder.glob("claude/projects/*/*.jsonl"))) == 1
+
+
 def test_sigterm_in_a_turn_leaves_no_process(harness: Harness) -> None:
     message = harness.host.put(script(shell("sleep 300"), {"text": "Never."}))
     wait_for(lambda: processes_of(harness.folder, "sleep"), "the tool")

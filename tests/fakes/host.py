@@ -1,7 +1,8 @@
 """A small host for one agent: the agent socket's wire format, leases and all, steered by a test.
 
 Mail is kept as the real host keeps it: a lease belongs to its connection, what a closed connection had leased goes
-back, an acknowledged message never comes again. Everything that the agent reports or asks is recorded.
+back, and is to blame unless it is the host that goes; an acknowledged message never comes again. Everything that the
+agent reports or asks is recorded.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Host:
         self.states: list[Json] = []
         self.usages: dict[str, Json] = {}
         self.answers: dict[str, Callable[[Json], Json]] = {}  # a verb's own answer; {"ok": False, ...} refuses
-        self.lose_acks = False
+        self.lose_acks = self.leaving = False
         self._news = threading.Condition()
         self._last_id = 0
         self._connections: set[Connection] = set()
@@ -44,6 +45,7 @@ class Host:
     # Life
 
     def start(self) -> None:
+        self.leaving = False
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.path))
         self._listener.listen(32)
@@ -51,6 +53,7 @@ class Host:
 
     def stop(self) -> None:
         """As when the daemon is killed: every connection breaks, every lease goes back."""
+        self.leaving = True
         if self._listener:
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
@@ -236,7 +239,7 @@ class Connection:
         with self.host._news:
             for entry in self.host.mail.values():
                 if entry["connection"] is self:
-                    self.host.give_back(entry, blame=False)
+                    self.host.give_back(entry, blame=not self.host.leaving)
             self.host._connections.discard(self)
             self.peer.close()
             self.host._news.notify_all()
