@@ -4404,7 +4404,7 @@ class Deploys:
             first = tx.value("SELECT coalesce(max(n), 0) + 1 FROM deploy_log WHERE deploy = ?", row["id"])
             for number, line in enumerate(lines, start=first):
                 tx.insert("deploy_log", deploy=row["id"], n=number, line=line)
-            tx.changed("deploy_log", (row["id"], tuple(lines)))
+            tx.changed("deploy_log", (row["id"], first, tuple(lines)))
 
         self._store.write(work)
 
@@ -4620,8 +4620,8 @@ APPROVAL_SQL: Final = """
 LIVE_PHASES: Final = ("queued", "building", "switching")
 WORRIES: Final = {  # system messages to the operator that stay on the screen until they are read
     "dead_letter": "dead_letter",
-    "container_crash": "failed",
-    "silent": "failed",
+    "container_crash": "crashed",
+    "silent": "silent",
     "paused": "paused",
     "budget_reached": "budget",
     "budget_near": "budget",
@@ -4883,9 +4883,10 @@ class Views:
 
     # -- deploys, usage, audit, events
 
-    def deploys(self, *, agent: str | None = None, most: int = 50) -> list[Json]:
-        query = "SELECT * FROM deploys WHERE ?1 IS NULL OR agent = ?1 ORDER BY id DESC LIMIT ?2"
-        return [self._deploy(row) for row in self._store.rows(query, agent, most)]
+    def deploys(self, *, agent: str | None = None, before: int | None = None, most: int = 50) -> list[Json]:
+        where = "(?1 IS NULL OR agent = ?1) AND (?2 IS NULL OR id < ?2)"
+        rows = self._store.rows(f"SELECT * FROM deploys WHERE {where} ORDER BY id DESC LIMIT ?3", agent, before, most)  # noqa: S608
+        return [self._deploy(row) for row in rows]
 
     def deploy(self, deploy: int) -> Json:
         row = self._store.row("SELECT * FROM deploys WHERE id = ?", deploy)
@@ -5062,7 +5063,7 @@ class Views:
             deploy = self._store.row("SELECT * FROM deploys WHERE id = ?", key)
             return {"kind": kind, "row": self._deploy(deploy)} if deploy else {"kind": "deploy_gone", "id": key}
         if kind == "deploy_log":
-            return {"kind": kind, "id": key[0], "lines": list(key[1])}
+            return {"kind": kind, "id": key[0], "first": key[1], "lines": list(key[2])}
         if kind == "usage":
             return {"kind": kind, "today_usd": self.spent_today()}
         return None
@@ -6802,7 +6803,7 @@ class Routes:
             get("/api/messages", self.messages, ("before", "max", "with")),
             get("/api/messages/<number:int>/thread", lambda number: {"messages": self._s.views.thread(number)}),
             get("/api/questions", self.questions, ("status",)),
-            get("/api/deploys", self.deploys, ("agent",)),
+            get("/api/deploys", self.deploys, ("agent", "before", "max")),
             get("/api/deploys/<number:int>", lambda number: {"deploy": self._s.views.deploy(number)}),
             get("/api/schedules", lambda: {"schedules": self._s.views.schedules()}),
             get("/api/files", self.files),
@@ -6949,7 +6950,8 @@ class Routes:
         return {"questions": self._s.views.questions(status=self._word("status", QuestionStatus))}
 
     def deploys(self) -> Json:
-        return {"deploys": self._s.views.deploys(agent=self._agent("agent"))}
+        agent, most = self._agent("agent"), self._query("max", 50, 1000)
+        return {"deploys": self._s.views.deploys(agent=agent, before=self._before(), most=most)}
 
     def files(self) -> Json:
         return {"files": self._s.attachments.rows(), "max_bytes": self._s.attachments.max_bytes}

@@ -5,11 +5,13 @@ import { h } from "./dom.js";
 import { ago, address, clock, prose, short_sha, you_or } from "./text.js";
 import {
   act,
+  asking_button,
   button,
   context_bar,
   cost_words,
   draft,
   empty,
+  fact,
   field,
   heading,
   mark,
@@ -23,15 +25,15 @@ import {
   toggled,
 } from "./parts.js";
 import { agent_named, changed, on, state } from "./store.js";
-import { get, post, send_message } from "./api.js";
+import { get, post, send_messages } from "./api.js";
 import { composer } from "./composer.js";
 import { Transcript } from "./transcript.js";
-import { destroy_form, levers, sign_in_ends_soon, why_words } from "./agents.js";
+import { destroy_button, destroy_form, levers, sign_in_ends_soon, why_words } from "./agents.js";
 
 // ── Signing in ───────────────────────────────────────────────────────────────────────────────────
 
-/** `words` stand beside the first button. */
-export function signin(agent, base, ...words) {
+/** `words` stand before the first button, `close` after them. */
+export function signin(agent, base, { words = null, close = null } = {}) {
   const login = agent.login ?? {};
   const group = `login:${agent.name}`;
   const key = `code:${agent.name}`;
@@ -72,7 +74,7 @@ export function signin(agent, base, ...words) {
     { class: "signin" },
     views[login.phase]?.() ?? [
       login.phase === "failed" && h("p", { class: "bad" }, login.error ?? "The sign-in failed."),
-      h("div", { class: "decide" }, h("div", { class: "grow" }, words), begin),
+      h("div", { class: "decide" }, h("div", { class: "grow" }, words), close, begin),
     ],
     refusal(group),
   );
@@ -98,7 +100,7 @@ function write_to(agent, { base, to }) {
     label: `Write to ${name}`,
     placeholder: `Write to ${name}. ${WHEN[now] ?? ""}`,
     name: `Send to ${name}`,
-    send: (body) => send_message(key, to ? { to, body } : { body }),
+    send: (body) => send_messages(key, to ? { to, body } : { body }),
     files: Boolean(to),
     beside: button(`interrupt:${name}`, "Interrupt", () => post(`${base}/interrupt`), { disabled: now !== "working" }),
     below: refusal(`interrupt:${name}`),
@@ -106,10 +108,6 @@ function write_to(agent, { base, to }) {
 }
 
 // ── State ────────────────────────────────────────────────────────────────────────────────────────
-
-function fact(name, ...value) {
-  return h("div", { class: "fact" }, h("dt", null, name), h("dd", null, value));
-}
 
 function model_form(agent, base) {
   const key = `model:${agent.name}`;
@@ -131,9 +129,9 @@ function model_form(agent, base) {
   );
 }
 
-function state_panel(agent, base, { first = null, last = null }) {
+function state_panel(agent, base, { first = null, end = null, last = null }) {
   const group = `agent:${agent.name}`;
-  const control = (action, label) => button(group, label, () => post(`${base}/${action}`), { kind: "small" });
+  const disabled = agent.running === false; // there is nobody to do it
   const model_open = toggled(`model:${agent.name}:open`);
   return panel(
     { class: "pad" },
@@ -164,16 +162,14 @@ function state_panel(agent, base, { first = null, last = null }) {
       "div",
       { class: "buttons" },
       first,
-      control("compact", "Compact"),
-      control("new_session", "New session"),
+      button(group, "Compact", () => post(`${base}/compact`), { kind: "small", disabled }),
+      asking_button(group, "New session", "Begin a new session", () => post(`${base}/new_session`), { disabled }),
       plain("Model", () => toggle(`model:${agent.name}:open`, !model_open), {
         kind: "small",
         "aria-expanded": String(model_open),
       }),
-      agent.state !== "needs_login" &&
-        agent.state !== "signing_in" &&
-        !toggled(`login:${agent.name}`) &&
-        plain("Sign in", () => toggle(`login:${agent.name}`, true), { kind: "small" }),
+      !wants_signin(agent) && plain("Sign in", () => toggle(opened(agent), true), { kind: "small" }),
+      end,
     ),
     model_open && model_form(agent, base),
     last,
@@ -181,11 +177,25 @@ function state_panel(agent, base, { first = null, last = null }) {
   );
 }
 
-const wants_signin = (agent) =>
-  agent.state === "needs_login" ||
-  agent.state === "signing_in" ||
-  agent.login?.phase === "code_wanted" ||
-  toggled(`login:${agent.name}`);
+const SIGNED_OUT = new Set(["needs_login", "signing_in"]);
+const UNDER_WAY = new Set(["starting", "code_wanted", "checking"]);
+const opened = ({ name }) => `login:${name}`; // by hand, while it is signed in
+
+const needs_signin = (agent) => SIGNED_OUT.has(agent.state) || UNDER_WAY.has(agent.login?.phase);
+const wants_signin = (agent) => needs_signin(agent) || toggled(opened(agent));
+
+const signing_in = new Set(); // agents, as they were drawn last
+
+function signin_panel(agent, base) {
+  const { name, login } = agent;
+  if (UNDER_WAY.has(login?.phase)) signing_in.add(name);
+  else if (signing_in.delete(name) && login?.phase === "done") toggle(opened(agent), false);
+  if (!wants_signin(agent)) return null;
+  const close =
+    !needs_signin(agent) &&
+    plain("Close", () => toggle(opened(agent), false), { "aria-label": `Close the sign-in of ${name}` });
+  return panel({ class: "pad" }, signin(agent, base, { close }));
+}
 
 // ── Open threads ─────────────────────────────────────────────────────────────────────────────────
 
@@ -241,7 +251,7 @@ function sign_in_line(agent) {
       "Its sign-in ends ",
       ago(agent.signed_in_until, "until"),
       " and does not renew itself. ",
-      plain("Sign in again", () => toggle(`login:${agent.name}`, true), { kind: "small" }),
+      plain("Sign in again", () => toggle(opened(agent), true), { kind: "small" }),
     )
   );
 }
@@ -261,23 +271,28 @@ export function agent_main(agent, transcript, where, crumbs) {
         h("span", { class: "dim" }, state_words(agent), " ", ago(agent.state_since, "for")),
       ),
       h("span", { class: "dim" }, agent.until && ["goes on at ", clock(agent.until), ", ", ago(agent.until, "until")]),
-      !transcript.find.open && plain("Find", () => transcript.find.show(), { kind: "small", "aria-keyshortcuts": "Control+F" }),
-      plain("State", () => toggle("side", !toggled("side")), {
-        kind: "small narrow",
-        "aria-expanded": String(toggled("side")),
-      }),
+      h(
+        "div",
+        { class: "buttons" },
+        !transcript.find.open &&
+          plain("Find", () => transcript.find.show(), { kind: "small", "aria-keyshortcuts": "Control+F" }),
+        plain("State", () => toggle("side", !toggled("side")), {
+          kind: "small narrow",
+          "aria-expanded": String(toggled("side")),
+        }),
+      ),
       transcript.find.draw(),
     ),
     agent.status_text && h("p", { class: "status dim" }, agent.status_text),
     agent.rehearsal && h("p", { class: "rehearsal" }, REHEARSAL),
     reason_line(agent),
     sign_in_line(agent),
-    wants_signin(agent) && panel({ class: "pad" }, signin(agent, where.base)),
+    signin_panel(agent, where.base),
     panel({ class: "transcript-panel" }, transcript.draw(), write_to(agent, where)),
   ];
 }
 
-/** `more` has levers before and forms after those that both pages have. */
+/** `more` has levers before and after those that both pages have, and forms below. */
 export function agent_side(agent, base, threads, more = {}) {
   return [heading("State"), state_panel(agent, base, more), threads_panel(agent.name, threads)];
 }
@@ -341,6 +356,6 @@ export function agent_view_side(name) {
     agent,
     `/api/agents/${name}`,
     { questions, reminders: shown.reminders },
-    { first: levers(agent), last: destroy_form(agent) },
+    { first: levers(agent), end: destroy_button(agent), last: destroy_form(agent) },
   );
 }

@@ -2,12 +2,12 @@
 
 import { h, render } from "./dom.js";
 import { dollars, set_clock } from "./text.js";
-import { button, logo, panel, toggled } from "./parts.js";
-import { begin, get, post, Stream, take_token_from_address } from "./api.js";
+import { logo, toggled } from "./parts.js";
+import { begin, get, Stream, take_token_from_address } from "./api.js";
 import { changed, connected, draw_with, state } from "./store.js";
 import { banner, connecting, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
 import { agent_main, agent_side } from "./agent.js";
-import { is_parked } from "./agents.js";
+import { pause_levers } from "./agents.js";
 import { Transcript } from "./transcript.js";
 
 let agent = null;
@@ -98,21 +98,9 @@ function page() {
     h(
       "aside",
       { class: `column-side ${toggled("side") ? "shown" : ""}`, "aria-label": "State" },
-      agent_side(agent, "/api", threads, { first: levers() }),
+      agent_side(agent, "/api", threads, { first: pause_levers(agent, "/api") }),
     ),
   );
-}
-
-function levers() {
-  const lever = (action, label) =>
-    button(`agent:${agent.name}`, label, () => post(`/api/${action}`), {
-      kind: "small",
-      name: `${label} ${agent.name}`,
-    });
-  return [
-    (agent.paused || is_parked(agent)) && lever("resume", "Resume"),
-    !agent.paused && lever("pause", "Pause"),
-  ];
 }
 
 // ── Start ────────────────────────────────────────────────────────────────────────────────────────

@@ -1,9 +1,10 @@
 // All agents: two lines each, and the levers.
 
 import { h } from "./dom.js";
-import { ago, clock, dollars, hive_now, inline, plural, web_href, you_or } from "./text.js";
+import { ago, clock, dollars, hive_now, inline, plural, short_sha, web_href, you_or } from "./text.js";
 import {
   act,
+  asking_button,
   button,
   context_bar,
   cost_words,
@@ -83,7 +84,9 @@ function top_line(agent) {
   return h(
     "div",
     { class: "agent-top" },
-    h("a", { class: "agent-name", href: `#/agents/${agent.name}` }, agent.name),
+    agent.kept
+      ? h("span", { class: "agent-name" }, agent.name)
+      : h("a", { class: "agent-name", href: `#/agents/${agent.name}` }, agent.name),
     h("span", { class: "dim grow" }, state_words(agent), " ", ago(agent.kept ? null : agent.state_since, "for")),
     h("span", { class: "dim money" }, dollars(agent.cost_today_usd)),
     context_bar(agent),
@@ -135,7 +138,7 @@ function agent_row(agent) {
           "div",
           { class: "levers" },
           h("p", { class: "dim" }, facts(agent).join(" · ")),
-          h("div", { class: "buttons" }, levers(agent), agent.running && own_page(agent)),
+          h("div", { class: "buttons" }, levers(agent), agent.running && own_page(agent), destroy_button(agent)),
           destroy_form(agent),
           refusal(`agent:${agent.name}`),
         ),
@@ -147,7 +150,7 @@ function facts(agent) {
   return [
     agent.active_model && `model ${agent.active_model}`,
     `today ${cost_words(agent)}`,
-    agent.deployed_sha && `deployed ${agent.deployed_sha.slice(0, 7)}`,
+    agent.deployed_sha && `deployed ${short_sha(agent.deployed_sha)}`,
     agent.port && `port ${agent.port}`,
     agent.pending_reminders > 0 && plural(agent.pending_reminders, "reminder"),
     agent.parent && `asked for by ${agent.parent}`,
@@ -161,32 +164,36 @@ function own_page(agent) {
 
 // ── Levers ───────────────────────────────────────────────────────────────────────────────────────
 
+/** One that acts at once. */
+export const lever = ({ name }, base, action, label, { group = `agent:${name}`, kind = "small" } = {}) =>
+  button(group, label, () => post(`${base}/${action}`), { kind, name: `${label} ${name}` });
+
+/** What each of its pages has. */
+export const pause_levers = (agent, base) => [
+  (agent.paused || is_parked(agent)) && lever(agent, base, "resume", "Resume"),
+  !agent.paused && lever(agent, base, "pause", "Pause"),
+];
+
 export function levers(agent) {
-  const lever = (action, label) =>
-    button(`agent:${agent.name}`, label, () => post(`/api/agents/${agent.name}/${action}`), {
-      kind: "small",
-      name: `${label} ${agent.name}`,
-    });
-  if (agent.kept)
-    return [
-      button(`agent:${agent.name}`, "Revive", () => post("/api/agents", { name: agent.name }), { kind: "small" }),
-      destroy_button(agent),
-    ];
+  const group = `agent:${agent.name}`;
+  const base = `/api/agents/${agent.name}`;
+  if (agent.kept) return button(group, "Revive", () => post("/api/agents", { name: agent.name }), { kind: "small" });
   return [
-    !agent.running && lever("start", "Start"),
-    (agent.paused || is_parked(agent)) && lever("resume", "Resume"),
-    !agent.paused && lever("pause", "Pause"),
-    agent.running && lever("restart", "Restart"),
-    agent.running && lever("stop", "Stop"),
-    lever("rebuild", "Rebuild"),
-    lever("rollback", "Roll back"),
-    !agent.manager && destroy_button(agent),
+    !agent.running && lever(agent, base, "start", "Start"),
+    pause_levers(agent, base),
+    agent.running && lever(agent, base, "restart", "Restart"),
+    agent.running && lever(agent, base, "stop", "Stop"),
+    lever(agent, base, "rebuild", "Rebuild"),
+    asking_button(group, "Roll back", `Roll ${agent.name} back`, () => post(`${base}/rollback`), {
+      name: `Roll back ${agent.name}`,
+    }),
   ];
 }
 
 const destroying = (agent) => `destroy:${agent.name}`;
 
-function destroy_button(agent) {
+export function destroy_button(agent) {
+  if (agent.manager) return null;
   return plain("Destroy…", () => toggle(destroying(agent), !toggled(destroying(agent))), {
     kind: "small danger",
     "aria-expanded": String(toggled(destroying(agent))),
@@ -197,11 +204,12 @@ function destroy_button(agent) {
 export function destroy_form(agent) {
   if (!toggled(destroying(agent))) return null;
   const key = `confirm:${agent.name}`;
-  const purge = toggled(`purge:${agent.name}`, agent.kept);
+  const purge = agent.kept || toggled(`purge:${agent.name}`);
   const confirmed = draft(key).trim() === agent.name;
   const destroy = async () => {
     await post(`/api/agents/${agent.name}/destroy`, { confirm: draft(key).trim(), purge });
     spend_draft(key);
+    toggle(`purge:${agent.name}`, false); // another may come under this name
     toggle(destroying(agent), false);
   };
   return h(

@@ -39,15 +39,19 @@ export function keep_token(text) {
 export const get = (path) => call("GET", path);
 export const post = (path, body = {}) => call("POST", path, body);
 
-/** The same id for the same text until it was taken: pressing Send again after a lost answer is harmless. */
+/** What was begun under a key: [to, body] → the message with its id. */
 const unsent = new Map();
 
-export async function send_message(key, message) {
-  const text = JSON.stringify(message);
-  if (unsent.get(key)?.text !== text) unsent.set(key, { text, client_id: random_id() });
-  const answer = await post("/api/messages", { ...message, client_id: unsent.get(key).client_id });
+/** Each keeps its id until all were taken: pressing Send again after a lost answer or a refusal is harmless. */
+export async function send_messages(key, ...messages) {
+  if (!unsent.has(key)) unsent.set(key, new Map());
+  const begun = unsent.get(key);
+  for (const message of messages) {
+    const text = JSON.stringify([message.to, message.body]);
+    if (!begun.has(text)) begun.set(text, { ...message, client_id: random_id() });
+    await post("/api/messages", begun.get(text));
+  }
   unsent.delete(key);
-  return answer;
 }
 
 // Not crypto.randomUUID: browsers have it on https and localhost only.
@@ -138,8 +142,10 @@ function take_early(path) {
 export class Stream {
   constructor({ path, on_event, on_state }) {
     Object.assign(this, { path, on_event, on_state, last_id: "", wait_ms: FIRST_WAIT_MS, stopped: false });
-    addEventListener("online", () => this.hurry());
-    document.addEventListener("visibilitychange", () => document.hidden || this.hurry());
+    this.over = new AbortController();
+    const { signal } = this.over;
+    addEventListener("online", () => this.hurry(), { signal });
+    document.addEventListener("visibilitychange", () => document.hidden || this.hurry(), { signal });
     this.run();
   }
 
@@ -222,6 +228,7 @@ export class Stream {
 
   stop() {
     this.stopped = true;
+    this.over.abort();
     this.cut?.abort();
     this.hurry();
   }

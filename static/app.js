@@ -4,13 +4,13 @@ import { h, render } from "./dom.js";
 import { dollars, plural } from "./text.js";
 import { button, heading, logo, panel, refusal, REHEARSAL, toggled } from "./parts.js";
 import { begin, post, Stream, take_token_from_address } from "./api.js";
-import { changed, connected, draw_with, is_running_phase, state, take } from "./store.js";
+import { changed, connected, draw_with, is_running_phase, on, state, take } from "./store.js";
 import { banner, connecting, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
 import { approval_card, press } from "./approval.js";
-import { detail, forget_details } from "./detail.js";
+import { detail } from "./detail.js";
 import { call_keys, call_view, load_past, past_view, show_card, waiting } from "./call.js";
 import { agents_brief, agents_view, load_kept } from "./agents.js";
-import { agent_view, agent_view_side, load_agent, show_agent } from "./agent.js";
+import { agent_view, agent_view_side, show_agent } from "./agent.js";
 import { help_dialog, help_keys } from "./help.js";
 import { tell_news } from "./notify.js";
 import { load_search, search_view } from "./search.js";
@@ -20,27 +20,27 @@ import { load_usage, usage_view } from "./usage.js";
 import { load_system, system_view } from "./system.js";
 
 // ── Routes ───────────────────────────────────────────────────────────────────────────────────────
-// view(...): the main column · side(...): the other · enter(...): once, when one comes · tab: which one is lit
-// follows: the view grows at its end
+// view(...): the main column · side(...): the other · tab: which one is lit · follows: the view grows at its end
+// enter(...): once, when one comes · load(...): then, with each snapshot, and when the connection is back
 
 const usual_side = () => [agents_brief(), flow_brief()];
 
 const ROUTES = [
   { path: /^\/call(?:\/([\w-]+))?$/, tab: "call", view: call_view, keys: call_keys, enter: show_card },
-  { path: /^\/approvals$/, tab: "call", view: past_view, enter: load_past },
+  { path: /^\/approvals$/, tab: "call", view: past_view, load: load_past },
   {
     path: /^\/approvals\/(\d+)$/,
     tab: "call",
     view: one_approval,
-    keys: (event, id) => approval_known(id) && press(approval_known(id), event.key),
+    keys: (event, id) => !event.repeat && approval_known(id) && press(approval_known(id), event.key),
   },
-  { path: /^\/agents$/, tab: "agents", view: agents_view, side: flow_brief, enter: load_kept },
+  { path: /^\/agents$/, tab: "agents", view: agents_view, side: flow_brief, load: load_kept },
   {
     path: /^\/agents\/([a-z][a-z0-9-]*)$/,
     tab: "agents",
     view: agent_view,
     side: agent_view_side,
-    enter: show_agent,
+    load: show_agent,
     follows: true,
     wide: true,
   },
@@ -50,13 +50,13 @@ const ROUTES = [
     tab: "flow",
     view: (id) => flow_view(Number(id)),
     side: agents_brief,
-    enter: load_thread,
+    load: load_thread,
     follows: true,
   },
   { path: /^\/deploys$/, tab: "deploys", view: deploys_view },
-  { path: /^\/usage$/, tab: "usage", view: usage_view, enter: load_usage },
-  { path: /^\/system$/, tab: "system", view: system_view, enter: load_system },
-  { path: /^\/search$/, tab: "search", view: search_view, enter: load_search },
+  { path: /^\/usage$/, tab: "usage", view: usage_view, load: load_usage },
+  { path: /^\/system$/, tab: "system", view: system_view, load: load_system },
+  { path: /^\/search$/, tab: "search", view: search_view, load: load_search },
   { path: /^\/more$/, tab: "more", view: more_view },
 ];
 
@@ -69,11 +69,12 @@ function where() {
   return { route: ROUTES[0], parts: [] };
 }
 
-const approval_known = (id) => state.approvals.find((row) => row.id === Number(id)) ?? detail(Number(id)).row;
+const open_approval = (id) => state.approvals.find((row) => row.id === Number(id));
+const approval_known = (id) => open_approval(id) ?? detail(Number(id)).row;
 
 function one_approval(id) {
+  const { error } = detail(Number(id), open_approval(id)?.digest);
   const row = approval_known(id);
-  const { error } = detail(Number(id));
   return [
     heading(`Request #${id}`, h("a", { href: "#/approvals" }, "All requests")),
     row
@@ -184,13 +185,14 @@ function draw() {
   const { route, parts } = where();
   const rows = waiting();
   const count = rows.length;
-  tell_news(rows);
   document.title = `${count ? `(${count}) ` : ""}hyperhive`;
   draw_following(
     () => render(document.body, top(route.tab), banner(), page(route, parts), help_dialog()),
     route.follows,
   );
-  if (route.tab === "flow") mark_read();
+  restore_place();
+  tell_news(rows);
+  if (route.tab === "flow") mark_read(Number(parts[0] ?? 0));
 }
 
 function page(route, parts) {
@@ -213,35 +215,47 @@ function page(route, parts) {
   );
 }
 
+// ── Places ───────────────────────────────────────────────────────────────────────────────────────
+// Back leads to where the person was. The browser can't: when it tries, what was there is not drawn yet.
+
+history.scrollRestoration = "manual";
+const places = new Map(); // entry of the history → how far down it was left
+let entry = 0;
+let wanted = null;
+
+function change_place(follows) {
+  places.set(entry, scrollY);
+  entry = history.state?.entry ?? Date.now();
+  history.replaceState({ entry }, "");
+  wanted = follows ? null : (places.get(entry) ?? 0);
+}
+
+function restore_place() {
+  if (wanted !== null) scrollTo({ top: wanted, behavior: "instant" });
+  wanted = null;
+}
+
 // ── Events ───────────────────────────────────────────────────────────────────────────────────────
 
 let stream = null;
 
 const stream_path = ({ route, parts }) =>
-  route.enter === show_agent ? `/api/stream?agent=${parts[0]}` : "/api/stream";
+  route.load === show_agent ? `/api/stream?agent=${parts[0]}` : "/api/stream";
 
 function go() {
   if (take_token_from_address()) return start();
   const place = where();
   follow_from_now(Boolean(place.route.follows));
-  if (!place.route.follows) scrollTo({ top: 0, behavior: "instant" });
+  change_place(place.route.follows);
   if (refused !== null) return;
   stream?.move(stream_path(place));
   place.route.enter?.(...place.parts);
+  if (state.ready) load(place);
   changed();
 }
 
-function on_live(live) {
-  const returned = live && !state.live && state.ready;
-  connected(live);
-  if (returned) forget_details();
-}
-
-/** A snapshot holds no events: what an agent did before it came is asked for. */
-function on_event(kind, data) {
-  take(kind, data);
-  if (kind === "snapshot") load_agent();
-}
+const load = ({ route, parts }) => route.load?.(...parts);
+for (const kind of ["snapshot", "returned"]) on(kind, () => load(where()));
 
 const TYPING = "input, textarea, select, [contenteditable]";
 
@@ -265,7 +279,7 @@ function start() {
   refused = begin({ on_refused }) ? null : "";
   stream?.stop();
   stream = null;
-  if (refused === null) stream = new Stream({ path: stream_path(where()), on_event, on_state: on_live });
+  if (refused === null) stream = new Stream({ path: stream_path(where()), on_event: take, on_state: connected });
   go();
   changed();
 }

@@ -2,8 +2,8 @@
 
 import { h } from "./dom.js";
 import { ago, clock, plural, prose, short_sha, span, you_or } from "./text.js";
-import { act, button, draft, field, is_busy, plain, refusal, spend_draft } from "./parts.js";
-import { changed, state } from "./store.js";
+import { act, button, draft, field, is_busy, plain, refusal, spend_draft, toggle, toggled } from "./parts.js";
+import { on, state } from "./store.js";
 import { post } from "./api.js";
 import { diff_view, split_switch } from "./diff.js";
 import { deploy_card, rollback_button } from "./deploys.js";
@@ -36,6 +36,8 @@ export function request_words({ kind, agent, requested_by, schedule }) {
 const note_key = (row) => `note:${row.id}`;
 const group = (row) => `approval:${row.id}`;
 
+on("approval", (row) => row.status !== "pending" && draft(note_key(row)) && spend_draft(note_key(row)));
+
 async function decide(row, verdict, more = {}) {
   const note = draft(note_key(row)).trim();
   await post(`/api/approvals/${row.id}/${verdict}`, { ...(note && { note }), ...more });
@@ -45,11 +47,23 @@ async function decide(row, verdict, more = {}) {
 /** Approval names what was shown: had it changed, the hive would refuse. */
 const approve = (row) => decide(row, "approve", { digest: detail(row.id, row.digest).row.digest, undo: true });
 const deny = (row) => decide(row, "deny");
-const can_approve = (row) => Boolean(detail(row.id, row.digest).row) && !is_editing(row.id);
+
+/** To approve what can't be read whole takes a press more. */
+const asks_twice = (row) => detail(row.id, row.digest).row?.cut_bytes > 0;
+const sure = (row) => `sure:${row.id}:${row.digest}`;
+const takes_a_press_more = (row) => asks_twice(row) && !toggled(sure(row));
+
+function can_approve({ id, digest }) {
+  const { row, stale } = detail(id, digest);
+  return Boolean(row) && !stale && !is_editing(id);
+}
 
 export function press(row, key) {
   if (row.status !== "pending" || is_busy(group(row))) return;
-  if (key === "a" && can_approve(row)) act(group(row), "Approve", () => approve(row));
+  if (key === "a" && can_approve(row)) {
+    if (takes_a_press_more(row)) toggle(sure(row), true);
+    else act(group(row), "Approve", () => approve(row));
+  }
   if (key === "d") act(group(row), "Deny", () => deny(row));
 }
 
@@ -65,7 +79,7 @@ const overtaken_by = (row) =>
 export function approve_all(rows) {
   const agents = [...new Set(rows.map((row) => row.agent))];
   return agents.map((agent) => {
-    const mine = rows.filter((row) => row.agent === agent && !overtaken_by(row));
+    const mine = rows.filter((row) => row.agent === agent && !overtaken_by(row) && !asks_twice(row));
     if (mine.length < 2) return null;
     const all = `approve_all:${agent}`;
     const approve_each = async () => {
@@ -73,12 +87,22 @@ export function approve_all(rows) {
     };
     return h(
       "div",
-      { key: all, class: "decide after" },
+      { key: all, class: "decide approve-all" },
       h("p", { class: "dim" }, `${plural(mine.length, "request")} for ${agent}, each shown below.`),
       button(all, `Approve all ${mine.length} for ${agent}`, approve_each, { disabled: !mine.every(can_approve) }),
       refusal(all),
     );
   });
+}
+
+function approve_button(row, keys) {
+  const look = { kind: "main", hint: keys && "a", disabled: !can_approve(row) };
+  const name = `Approve request ${row.id}`;
+  if (takes_a_press_more(row))
+    return button(group(row), "Approve…", async () => toggle(sure(row), true), { ...look, name: `${name}…` });
+  if (toggled(sure(row)))
+    return button(group(row), "Approve unread", () => approve(row), { ...look, name: `${name} unread` });
+  return button(group(row), "Approve", () => approve(row), { ...look, name });
 }
 
 function decision(row, keys) {
@@ -90,12 +114,7 @@ function decision(row, keys) {
       { class: "decide" },
       field(note_key(row), { label: `Note to ${you_or(row.requested_by)} (optional)` }),
       button(group(row), "Deny", () => deny(row), { hint: keys && "d", name: `Deny request ${row.id}` }),
-      button(group(row), "Approve", () => approve(row), {
-        kind: "main",
-        hint: keys && "a",
-        disabled: !can_approve(row),
-        name: `Approve request ${row.id}`,
-      }),
+      approve_button(row, keys),
     ),
     refusal(group(row)),
   );
@@ -208,22 +227,33 @@ function hints(row, brief) {
 function changes(row) {
   if (row.kind === "schedule_prompt") return null;
   const { row: more, error } = detail(row.id, row.digest);
-  if (error) {
-    return h(
-      "div",
-      { class: "card-line" },
-      h("p", { class: "refusal", role: "alert" }, "The change can't be shown: ", error.message),
-      plain("Try again", () => look_again(row.id), { kind: "small" }),
-    );
-  }
-  if (!more) return h("p", { class: "card-line dim" }, "Reading the change…");
-  return h(
-    "div",
-    { class: "changes" },
-    more.diff && (more.files.length > 1 || split_switch()) && diff_top(more.files),
-    more.diff && diff_view(`diff:${row.id}:${more.digest}`, more.diff, { at: error_mark(row) }),
-  );
+  if (!more && !error) return h("p", { class: "card-line dim" }, "Reading the change…");
+  return [
+    error &&
+      h(
+        "div",
+        { class: "card-line" },
+        h("p", { class: "refusal", role: "alert" }, `The change can't be ${more ? "read again" : "shown"}: `, error.message),
+        plain("Try again", () => look_again(row.id), { kind: "small" }),
+      ),
+    more &&
+      h(
+        "div",
+        { class: "changes" },
+        cut_line(more),
+        more.diff && (more.files.length > 1 || split_switch()) && diff_top(more.files),
+        more.diff && diff_view(`diff:${row.id}:${more.digest}`, more.diff, { at: error_mark(row) }),
+      ),
+  ];
 }
+
+const cut_line = ({ cut_bytes = 0 }) =>
+  cut_bytes > 0 &&
+  h(
+    "p",
+    { class: "card-line bad", role: "note" },
+    `${plural(cut_bytes, "byte")} of this change are not shown here: it is too long. To approve it takes a press more.`,
+  );
 
 const diff_top = (files) =>
   h("p", { class: "card-line dim" }, files.length > 1 && plural(files.length, "file"), split_switch());

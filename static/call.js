@@ -3,11 +3,11 @@
 import { h } from "./dom.js";
 import { ago, clock, plural, prose } from "./text.js";
 import { button, empty, heading, panel, refusal } from "./parts.js";
-import { agent_named, changed, is_new, is_running_phase, state } from "./store.js";
+import { agent_named, changed, is_new, is_running_phase, on, state } from "./store.js";
 import { get, post } from "./api.js";
 import { approval_card, approve_all, kind_words, press, request_words } from "./approval.js";
 import { signin } from "./agent.js";
-import { is_parked } from "./agents.js";
+import { is_parked, lever } from "./agents.js";
 import { open_question, press_option, question_card } from "./question.js";
 import { is_first_run, is_first_step, welcome_card } from "./welcome.js";
 
@@ -98,6 +98,8 @@ const NOTICES = {
     },
   },
   failed: { label: "Failed", tone: "bad", title: (row) => `${row.agent} failed` },
+  crashed: { label: "Crash", tone: "bad", title: (row) => `${row.agent} crashed` },
+  silent: { label: "Silence", tone: "bad", title: (row) => `${row.agent} is silent` },
   rate_limited: { label: "Limit", tone: "warn", title: (row) => `${row.agent} is at its limit` },
   paused: {
     label: "Paused",
@@ -133,7 +135,7 @@ function notice_card(row, props) {
       "div",
       { class: "card-foot" },
       row.kind === "needs_login" && agent
-        ? signin(agent, `/api/agents/${agent.name}`, prose(row.text, { class: "dim" }))
+        ? signin(agent, `/api/agents/${agent.name}`, { words: prose(row.text, { class: "dim" }) })
         : h("div", { class: "decide" }, prose(row.text, { class: "dim" }), notice_buttons(row, agent)),
       refusal(notice_group(row)),
     ),
@@ -141,6 +143,7 @@ function notice_card(row, props) {
 }
 
 const notice_group = (row) => `notice:${row.key}`;
+const BROKEN = new Set(["failed", "crashed", "silent"]);
 
 /** Mail that was set aside begins its attempts anew, and the notice of it is seen. */
 async function give_again(row) {
@@ -150,11 +153,8 @@ async function give_again(row) {
 
 /** A notice that came as a message goes when that is read; the others when what they tell of is over. */
 function notice_buttons(row, agent) {
-  const lever = (label, action) =>
-    button(notice_group(row), label, () => post(`/api/agents/${agent.name}/${action}`), {
-      kind: "main",
-      name: `${label} ${agent.name}`,
-    });
+  const act = (label, action) =>
+    lever(agent, `/api/agents/${agent.name}`, action, label, { group: notice_group(row), kind: "main" });
   return [
     row.key.startsWith("message-") &&
       button(notice_group(row), "Seen", () => post("/api/messages/read", { ids: [row.id] }), {
@@ -163,9 +163,9 @@ function notice_buttons(row, agent) {
     row.message && button(notice_group(row), "Give it again", () => give_again(row), { kind: "main" }),
     row.message && h("a", { class: "button", href: `#/flow/thread/${row.message}` }, `Look at #${row.message}`),
     agent && h("a", { class: "button", href: `#/agents/${agent.name}` }, `Open ${agent.name}`),
-    agent && row.kind === "failed" && (agent.running ? lever("Restart", "restart") : lever("Start", "start")),
-    agent && (row.kind === "failed" || row.kind === "rate_limited") && is_parked(agent) && lever("Resume", "resume"),
-    agent?.paused && (row.kind === "budget" || row.kind === "paused") && lever("Resume", "resume"),
+    agent && BROKEN.has(row.kind) && (agent.running ? act("Restart", "restart") : act("Start", "start")),
+    agent && (BROKEN.has(row.kind) || row.kind === "rate_limited") && is_parked(agent) && act("Resume", "resume"),
+    agent?.paused && (row.kind === "budget" || row.kind === "paused") && act("Resume", "resume"),
   ];
 }
 
@@ -239,16 +239,20 @@ export function call_view() {
 
 // ── Requests of the past ─────────────────────────────────────────────────────────────────────────
 
-const past = { rows: null, error: null };
+export const past = { rows: null, error: null };
 
-export function load_past() {
-  get("/api/approvals")
-    .then(
-      (answer) => Object.assign(past, { rows: answer.approvals, error: null }),
-      (error) => Object.assign(past, { error }),
-    )
-    .finally(changed);
+export async function load_past() {
+  try {
+    Object.assign(past, { rows: (await get("/api/approvals")).approvals, error: null });
+  } catch (error) {
+    past.error = error;
+  }
+  changed();
 }
+
+on("approval", (row) => {
+  if (past.rows) past.rows = [row, ...past.rows.filter(({ id }) => id !== row.id)].sort((a, b) => b.id - a.id);
+});
 
 export function past_view() {
   return [

@@ -2,8 +2,8 @@
 
 import { h } from "./dom.js";
 import { clock, short_sha } from "./text.js";
-import { button, empty, heading, panel, refusal } from "./parts.js";
-import { changed, state } from "./store.js";
+import { button, choice, empty, heading, panel, refusal } from "./parts.js";
+import { state } from "./store.js";
 import { get } from "./api.js";
 import { diff_view, split_switch } from "./diff.js";
 
@@ -27,26 +27,8 @@ async function compare(agent, from, to) {
   shown = { key: `${agent}:${from}:${to}`, diff };
 }
 
-function choice(label, value, options, take) {
-  return h(
-    "label",
-    { class: "choice" },
-    h("span", { class: "dim" }, `${label} `),
-    h(
-      "select",
-      {
-        key: `${value}:${options.map(([name]) => name).join()}`,
-        class: "field",
-        "aria-label": label,
-        onchange: (event) => {
-          take(event.target.value);
-          changed();
-        },
-      },
-      options.map(([name, words]) => h("option", { value: name, selected: name === value }, words)),
-    ),
-  );
-}
+const labelled = (label, ...more) =>
+  h("label", { class: "choice" }, h("span", { class: "dim" }, `${label} `), choice(label, ...more));
 
 export function compare_panel() {
   const agents = [...new Set(state.deploys.map(({ agent }) => agent))]
@@ -66,14 +48,14 @@ export function compare_panel() {
       h(
         "div",
         { class: "pad buttons" },
-        choice(
+        labelled(
           "of",
           agent,
           agents.map((name) => [name, name]),
           (name) => Object.assign(chosen, { agent: name }),
         ),
-        choice("from", from, options, (sha) => Object.assign(chosen, { from: sha })),
-        choice("to", to, options, (sha) => Object.assign(chosen, { to: sha })),
+        labelled("from", from, options, (sha) => Object.assign(chosen, { from: sha })),
+        labelled("to", to, options, (sha) => Object.assign(chosen, { to: sha })),
         button("compare", "Compare", () => compare(agent, from, to), { disabled: from === to }),
       ),
       refusal("compare"),

@@ -134,7 +134,8 @@ export function composer({ key, label, placeholder, send, name, disabled, files,
     const sent = attached(key);
     if ((!text && !sent.length) || waits() || disabled) return;
     await send(with_files(text, sent));
-    set_attached(key, []);
+    const left = attached(key).filter(({ path }) => !sent.some((file) => file.path === path));
+    set_attached(key, left); // one may have come meanwhile
     if (draft(key).trim() === text) spend_draft(key);
   };
   return h(

@@ -2,8 +2,8 @@
 
 import { h } from "./dom.js";
 import { ago, clock, duration, short_sha } from "./text.js";
-import { button, empty, heading, panel, plain, refusal, toggle, toggled } from "./parts.js";
-import { changed, is_new, is_running_phase, state } from "./store.js";
+import { asking_button, button, empty, heading, panel, plain, refusal, toggle, toggled } from "./parts.js";
+import { add_older, changed, is_new, is_running_phase, on, state } from "./store.js";
 import { get, post } from "./api.js";
 import { compare_panel } from "./compare.js";
 
@@ -18,33 +18,52 @@ const PHASES = ["queued", "building", "switching", "deployed"];
 
 // ── Logs ─────────────────────────────────────────────────────────────────────────────────────────
 
-const errors = new Map();
+const LOG_LINES_SHOWN = 5000;
+const logs = new Map(); // deploy → {lines, each at its number, asked, error}
 
-/** The log so far; asked for once, then the stream adds to it. */
+/** The log so far; asked for once, then the stream adds to it. After a snapshot some may be missing. */
 function log_of(id) {
-  if (!state.logs.has(id)) {
-    state.logs.set(id, []);
-    const log = state.logs.get(id);
-    get(`/api/deploys/${id}`)
-      .then(
-        ({ deploy }) => {
-          log.splice(0, log.length, ...deploy.log);
-          errors.delete(id);
-        },
-        (error) => errors.set(id, error),
-      )
-      .finally(changed);
-  }
-  return state.logs.get(id);
+  if (!logs.has(id)) logs.set(id, { lines: [], asked: false, error: null });
+  const log = logs.get(id);
+  if (log.asked) return log;
+  log.asked = true;
+  get(`/api/deploys/${id}`)
+    .then(
+      ({ deploy }) => {
+        deploy.log.forEach((line, index) => {
+          log.lines[index] = line;
+        });
+        log.error = null;
+      },
+      (error) => {
+        log.error = error;
+      },
+    )
+    .finally(changed);
+  return log;
 }
 
+on("deploy_log", ({ id, first, lines }) => {
+  const log = logs.get(id);
+  if (!log) return; // nobody looks at it: whoever opens it asks for the whole
+  lines.forEach((line, index) => {
+    log.lines[first - 1 + index] = line;
+  });
+});
+
+for (const kind of ["snapshot", "returned"])
+  on(kind, () => {
+    for (const log of logs.values()) log.asked = false;
+  });
+
 function log_view(id) {
-  const lines = log_of(id);
-  if (errors.has(id)) return h("p", { class: "refusal pad", role: "alert" }, errors.get(id).message);
+  const { lines, error } = log_of(id);
+  if (error) return h("p", { class: "refusal pad", role: "alert" }, error.message);
+  const shown = lines.slice(-LOG_LINES_SHOWN).filter(() => true); // without the holes of what is still to come
   return h(
     "pre",
     { class: "log", tabindex: "0", role: "log", "aria-label": `Log of deploy ${id}`, "data-follow": "true" },
-    lines.length ? lines.join("\n") : "No line yet.",
+    shown.length ? shown.join("\n") : "No line yet.",
   );
 }
 
@@ -108,10 +127,13 @@ export function rollback_button(deploy) {
   if (!newest || deploy.phase !== "deployed" || deploy.kind === "spawn") return null;
   const group = `rollback:${deploy.id}`;
   return [
-    button(group, "Roll back", () => post(`/api/agents/${deploy.agent}/rollback`), {
-      kind: "small",
-      name: `Roll ${deploy.agent} back to what ran before deploy ${deploy.id}`,
-    }),
+    asking_button(
+      group,
+      "Roll back",
+      `Roll ${deploy.agent} back`,
+      () => post(`/api/agents/${deploy.agent}/rollback`),
+      { name: `Roll ${deploy.agent} back to what ran before deploy ${deploy.id}` },
+    ),
     refusal(group),
   ];
 }
@@ -149,6 +171,21 @@ function history_row(deploy) {
   );
 }
 
+// ── Older ones ───────────────────────────────────────────────────────────────────────────────────
+
+const FEW = 20; // a snapshot has as many, if there are
+const PAGE = 50;
+let very_first = 0;
+
+const first_known = () => Math.min(...state.deploys.map(({ id }) => id));
+const at_start = () => state.deploys.length < FEW || first_known() === very_first;
+
+async function earlier() {
+  const { deploys } = await get(`/api/deploys?max=${PAGE}&before=${first_known()}`);
+  add_older("deploys", deploys);
+  if (deploys.length < PAGE) very_first = first_known();
+}
+
 // ── The view ─────────────────────────────────────────────────────────────────────────────────────
 
 export function deploys_view() {
@@ -173,6 +210,13 @@ export function deploys_view() {
               ? "Nothing has ended yet."
               : "Nothing was deployed yet. An approved request is built and switched to here, with its log.",
           ),
+      !at_start() &&
+        h(
+          "div",
+          { class: "earlier" },
+          button("deploys:earlier", "Earlier…", earlier, { kind: "small" }),
+          refusal("deploys:earlier"),
+        ),
     ),
     compare_panel(),
   ];

@@ -8,16 +8,28 @@ import { get } from "./api.js";
 
 // ── Asked for once ───────────────────────────────────────────────────────────────────────────────
 // Its digest changes whenever something else would be done: what was read under another one is not shown.
+// What was read before a connection was lost is shown until it was read again, and is not decided upon.
 
-const details = new Map(); // id → {asked: digest it was asked for, row?, error?}
+const details = new Map(); // id → {asked: digest it was asked for, row?, error?, stale?: "known" | "asked for again"}
 
 export function detail(id, digest) {
   const known = details.get(id);
-  if (known && (digest === undefined || digest === known.asked || digest === known.row?.digest)) return known;
-  details.set(id, { asked: digest });
+  if (known && (digest === undefined || digest === known.asked || digest === known.row?.digest)) {
+    if (known.stale !== "known") return known;
+    known.stale = "asked for again";
+  } else details.set(id, { asked: digest });
   load(id, digest);
   return details.get(id);
 }
+
+export function look_again(id) {
+  const known = details.get(id);
+  if (known?.row) Object.assign(known, { stale: "known", error: null });
+  else details.delete(id);
+  changed();
+}
+
+on("returned", () => [...details.keys()].forEach(look_again));
 
 // A few at a time: a hundred at once would hold up what a person presses meanwhile.
 const AT_ONCE = 3;
@@ -36,7 +48,7 @@ async function load_next() {
     try {
       show_detail((await get(`/api/approvals/${id}`)).approval, digest);
     } catch (error) {
-      details.set(id, { asked: digest, error });
+      details.set(id, { ...details.get(id), asked: digest, error });
     }
     if (wanted.length % 8 === 0) changed(); // many answers, one drawing
   }
@@ -44,26 +56,23 @@ async function load_next() {
   changed();
 }
 
+/** The host ends a diff that is too long with words: they are no line of a file. */
+const CUT = /\n… \((\d+) bytes more\)\n$/;
+
 export function show_detail(row, asked = row.digest) {
-  details.set(row.id, { asked, row });
+  const [words, number] = CUT.exec(row.diff?.slice(-60)) ?? [];
+  const cut = words && { diff: row.diff.slice(0, 1 - words.length), cut_bytes: Number(number) };
+  details.set(row.id, { asked, row: { ...row, ...cut } });
 }
 
-export function look_again(id) {
-  details.delete(id);
-  changed();
-}
-
-const MORE = ["diff", "files", "touches", "thread", "earlier"];
+const MORE = ["diff", "cut_bytes", "files", "touches", "thread", "earlier"];
 
 on("approval", (row) => {
   const known = details.get(row.id);
+  if (row.status !== "pending" && location.hash !== `#/approvals/${row.id}`) details.delete(row.id);
   if (known?.row?.digest !== row.digest) return;
   known.row = { ...row, ...Object.fromEntries(MORE.map((key) => [key, known.row[key]])) };
 });
-
-export function forget_details() {
-  details.clear();
-}
 
 // ── What led to it, and what was before ──────────────────────────────────────────────────────────
 

@@ -26,8 +26,8 @@ export function visible(text) {
   return String(text).replace(ANSI, "").replaceAll("\r\n", "\n").replace(UNSEEN, name_of);
 }
 
-/** For what is decided upon, a diff say: every character counts, so that no sequence can hide some. */
-export const exact = (text) => String(text).replaceAll("\x1b", "␛");
+/** For what is decided upon, a diff say: every character counts. No sequence can hide some, nor a joiner itself. */
+export const exact = (text) => String(text).replaceAll("\x1b", "␛").replace(/[\u200c\u200d]/g, name_of);
 
 // ── Descriptions ─────────────────────────────────────────────────────────────────────────────────
 

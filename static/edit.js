@@ -1,14 +1,14 @@
 // The operator betters a proposal before deciding: one file at a time, kept as a commit of their own.
 
 import { h } from "./dom.js";
-import { act, button, plain, refusal } from "./parts.js";
+import { act, button, choice, plain, refusal } from "./parts.js";
 import { changed } from "./store.js";
 import { get, post } from "./api.js";
 
 const open_edits = new Map(); // request → {files, path, digest, texts}
 const group = (id) => `edit:${id}`;
 
-export const can_edit = (row) => row.status === "pending" && (row.kind === "spawn" || row.kind === "apply_commit");
+const can_edit = (row) => row.status === "pending" && (row.kind === "spawn" || row.kind === "apply_commit");
 
 async function open_edit(row) {
   const { files } = await get(`/api/approvals/${row.id}/files`);
@@ -59,18 +59,7 @@ export function edit_form(row, show) {
       "div",
       { class: "decide" },
       many
-        ? h(
-            "select",
-            {
-              class: "field",
-              "aria-label": "File",
-              onchange: (event) => {
-                edit.path = event.target.value;
-                changed();
-              },
-            },
-            Object.keys(files).map((name) => h("option", { value: name, selected: name === path }, name)),
-          )
+        ? choice("File", path, Object.keys(files).map((name) => [name, name]), (name) => Object.assign(edit, { path: name }))
         : h("p", null, h("code", null, path)),
     ),
     h("textarea", {

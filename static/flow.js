@@ -4,6 +4,7 @@ import { h, memo } from "./dom.js";
 import { clock, prose, prose_preview, you_or } from "./text.js";
 import {
   button,
+  choice,
   draft,
   empty,
   fold,
@@ -15,12 +16,10 @@ import {
   toggle,
   toggled,
 } from "./parts.js";
-import { add_older_messages, changed, is_new, state } from "./store.js";
-import { get, post, send_message } from "./api.js";
+import { add_older, changed, is_new, state } from "./store.js";
+import { get, post, send_messages } from "./api.js";
 import { composer } from "./composer.js";
 import { talk_graph } from "./graph.js";
-
-const who = you_or;
 
 /** What Your call shows as a notice stays there until it is seen there. */
 function is_unread(message) {
@@ -76,7 +75,7 @@ function route(message) {
   return h(
     "div",
     { class: "row-top" },
-    h("span", null, who(message.from), " → ", who(message.to)),
+    h("span", null, you_or(message.from), " → ", you_or(message.to)),
     h("span", null, clock(message.at)),
   );
 }
@@ -85,20 +84,21 @@ function route(message) {
 
 const filter = () => toggled("flow:with", "");
 
-const threads = new Map(); // by the message that was asked for: what the host has of it, however old
+const threads = new Map(); // by the message that was asked for: {messages: what the host has of it, however old; error}
 
-/** Called when one comes to the view of a thread. */
 export function load_thread(id) {
-  if (!id) return;
+  const number = Number(id);
   get(`/api/messages/${id}/thread`)
-    .then(({ messages }) => threads.set(Number(id), messages))
-    .catch(() => threads.set(Number(id), []))
+    .then(
+      ({ messages }) => threads.set(number, { messages }),
+      (error) => threads.set(number, { messages: threads.get(number)?.messages ?? [], error }),
+    )
     .finally(changed);
 }
 
 function known_of(id) {
   const here = new Set(state.messages.map((message) => message.id));
-  return [...(threads.get(id) ?? []).filter((message) => !here.has(message.id)), ...state.messages];
+  return [...(threads.get(id)?.messages ?? []).filter((message) => !here.has(message.id)), ...state.messages];
 }
 
 /** All messages that hang together with `id` by what answers what; the copies of one count as that one. */
@@ -136,7 +136,7 @@ export const at_start = () => state.messages.length < FEW || state.messages[0].i
 export async function load_older(most) {
   const first = state.messages[0]?.id;
   const { messages } = await get(`/api/messages?max=${most}${first ? `&before=${first}` : ""}`);
-  add_older_messages(messages);
+  add_older("messages", messages);
   if (messages.length < most) very_first = state.messages[0]?.id;
 }
 
@@ -151,20 +151,20 @@ async function earlier() {
 
 let marking = false;
 
-/** What is on the screen of a person who looks counts as read. */
-export async function mark_read() {
-  const ids = state.messages.filter(is_unread).map((message) => message.id);
+/** What this view shows to a person who looks counts as read. */
+export async function mark_read(thread) {
+  const shown = shown_messages(thread).flatMap(copies_of);
+  const ids = shown.filter(is_unread).map((message) => message.id);
   if (!ids.length || marking || document.hidden) return;
   marking = true;
-  try {
-    await post("/api/messages/read", { ids });
-  } catch {
-    // still unread then: the next look tries again
-  } finally {
-    setTimeout(() => {
-      marking = false;
-    }, 2000);
-  }
+  const done = await post("/api/messages/read", { ids }).then(
+    () => true,
+    () => false, // still unread then: the next look tries again
+  );
+  setTimeout(() => {
+    marking = false;
+    if (done) changed(); // more may have come
+  }, 2000);
 }
 
 // ── The view ─────────────────────────────────────────────────────────────────────────────────────
@@ -194,7 +194,7 @@ function message_row(message) {
     {
       class: `message ${mine ? "mine" : ""} ${from === "system" ? "from-system" : ""} ${is_new("message", id) ? "new" : ""}`,
       id: `message-${id}`,
-      "aria-label": `${who(from)} to ${who(message.to)}`,
+      "aria-label": `${you_or(from)} to ${you_or(message.to)}`,
     },
     route(message),
     prose(message.body),
@@ -214,9 +214,9 @@ function message_row(message) {
 const SEVERAL = "several";
 const NAMED = { "*": "all agents", [SEVERAL]: "those chosen below" };
 
-function choose_several(names, chosen) {
+function choose_several(key, names, chosen) {
   const press = (name) =>
-    toggle("flow:several", chosen.includes(name) ? chosen.filter((other) => other !== name) : [...chosen, name]);
+    toggle(key, chosen.includes(name) ? chosen.filter((other) => other !== name) : [...chosen, name]);
   return h(
     "div",
     { class: "buttons several", role: "group", "aria-label": "Recipients" },
@@ -231,36 +231,30 @@ function compose(thread) {
   const partner = last && (last.from === "operator" ? last.to : last.from);
   const key = thread ? `flow:${thread}` : "flow";
   const names = state.agents.map((agent) => agent.name);
-  const to = names.includes(partner) ? partner : draft("flow:to") || (names.includes(filter()) && filter()) || names[0];
+  const choices = [
+    ...names.map((name) => [name, `to ${name}`]),
+    ...(names.length > 1 ? [["*", "to all"]] : []),
+    ...(names.length > 2 ? [[SEVERAL, "to several…"]] : []),
+  ];
+  const wished = draft(`${key}:to`);
+  const usual = [partner, filter()].find((name) => names.includes(name)) ?? names[0];
+  const to = choices.some(([name]) => name === wished) ? wished : usual;
   const several = to === SEVERAL;
-  const chosen = several ? toggled("flow:several", []).filter((name) => names.includes(name)) : [to];
-  const recipients = h(
-    "select",
-    {
-      key: `to:${names.join()}:${to}`,
-      class: "field to",
-      "aria-label": "To",
-      onchange: (event) => {
-        set_draft("flow:to", event.target.value);
-        toggle("flow:to", event.target.value);
-      },
-    },
-    names.map((name) => h("option", { value: name, selected: name === to }, `to ${name}`)),
-    names.length > 1 && h("option", { value: "*", selected: to === "*" }, "to all"),
-    names.length > 2 && h("option", { value: SEVERAL, selected: several }, "to several…"),
-  );
+  const chosen = several ? toggled(`${key}:several`, []).filter((name) => names.includes(name)) : [to];
+  const wish = (name) => set_draft(`${key}:to`, name);
+  const recipients = choice("To", to, choices, wish, { key: `${key}:${usual}`, class: "field to" });
   return composer({
     key,
     label: to === partner ? `Reply to ${to}` : "Message",
     placeholder: to === partner ? `Reply to ${to}` : `Write to ${NAMED[to] ?? to ?? "an agent, once there is one"}`,
-    send: async (body) => {
-      for (const name of chosen)
-        await send_message(`${key}:${name}`, { to: name, body, ...(name === partner && { in_reply_to: last.id }) });
+    send: (body) => {
+      const reply = (name) => name === partner && { in_reply_to: last.id };
+      return send_messages(key, ...chosen.map((name) => ({ to: name, body, ...reply(name) })));
     },
     disabled: !to || chosen.length === 0,
     files: true,
     before: recipients,
-    below: several && choose_several(names, chosen),
+    below: several && choose_several(`${key}:several`, names, chosen),
   });
 }
 
@@ -275,19 +269,27 @@ function filter_field() {
       "select",
       { class: "field small", onchange: (event) => toggle("flow:with", event.target.value) },
       h("option", { value: "", selected: !filter() }, "anyone"),
-      names.map((name) => h("option", { key: name, value: name, selected: filter() === name }, who(name))),
+      names.map((name) => h("option", { key: name, value: name, selected: filter() === name }, you_or(name))),
     ),
   );
 }
 
 function nothing_in(thread) {
-  if (!thread && filter()) return `No message with ${who(filter())} among these.`;
+  if (!thread && filter()) return `No message with ${you_or(filter())} among these.`;
   if (!thread) return "No message yet. What agents write to each other and to you appears here as it happens.";
   return threads.has(thread) ? `There is no message #${thread}.` : "Loading…";
 }
 
+/** Why the thread may not be whole; that there is none is said in its place. */
+function thread_error(thread) {
+  const { error } = threads.get(thread) ?? {};
+  if (!error || error.status === 404) return null;
+  return h("p", { class: "refusal pad", role: "alert" }, error.message);
+}
+
 export function flow_view(thread) {
   const messages = shown_messages(thread);
+  const error = thread_error(thread);
   return [
     thread
       ? heading(`Thread of #${thread}`, h("a", { href: "#/flow" }, "All messages"))
@@ -308,7 +310,8 @@ export function flow_view(thread) {
           button("flow:earlier", "Earlier…", earlier, { kind: "small" }),
           refusal("flow:earlier"),
         ),
-      messages.length === 0 && empty(nothing_in(thread)),
+      error,
+      messages.length === 0 && !error && empty(nothing_in(thread)),
       messages.map((message) =>
         memo(message.id, [states_of(message), message.attempts, message.to, is_new("message", message.id)], () =>
           message_row(message),

@@ -3,9 +3,6 @@
 import { h } from "./dom.js";
 import { plural, you_or } from "./text.js";
 
-const WIDTH = 520;
-const HEIGHT = 300;
-
 /** [{a, b, count}]: both directions together, the system and messages to everyone left out. */
 function pairs(messages) {
   const found = new Map();
@@ -18,13 +15,14 @@ function pairs(messages) {
   return [...found.values()].sort((one, other) => one.count - other.count);
 }
 
+/** They stand on an ellipse, with room for a name each. */
 function places(names) {
-  return new Map(
-    names.map((name, index) => {
-      const angle = (2 * Math.PI * index) / names.length - Math.PI / 2;
-      return [name, { x: WIDTH / 2 + Math.cos(angle) * 180, y: HEIGHT / 2 + Math.sin(angle) * 108 }];
-    }),
-  );
+  const across = Math.max(180, 17 * names.length);
+  const down = Math.max(108, 11 * names.length);
+  const [width, height] = [2 * across + 160, 2 * down + 84];
+  const place = (angle) => ({ x: width / 2 + Math.cos(angle) * across, y: height / 2 + Math.sin(angle) * down });
+  const at = new Map(names.map((name, index) => [name, place((2 * Math.PI * index) / names.length - Math.PI / 2)]));
+  return { width, height, at };
 }
 
 const said = ({ a, b, count }) => `${you_or(a)} and ${you_or(b)}: ${plural(count, "message")}`;
@@ -33,11 +31,17 @@ export function talk_graph(messages) {
   const edges = pairs(messages);
   if (!edges.length) return h("p", { class: "empty" }, "No two have written to each other yet.");
   const names = [...new Set(edges.flatMap(({ a, b }) => [a, b]))].sort();
-  const at = places(names);
+  const { width, height, at } = places(names);
   const most = edges.at(-1).count;
-  return h(
+  const graph = h(
     "svg",
-    { class: "graph", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": edges.map(said).join("; ") },
+    {
+      class: "graph",
+      viewBox: `0 0 ${width} ${height}`,
+      vars: { "--width": width },
+      role: "img",
+      "aria-label": edges.map(said).join("; "),
+    },
     edges.map((edge) => {
       const [from, to] = [at.get(edge.a), at.get(edge.b)];
       const width = (1 + (7 * edge.count) / most).toFixed(1);
@@ -56,4 +60,5 @@ export function talk_graph(messages) {
       );
     }),
   );
+  return h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Who talks to whom" }, graph);
 }

@@ -7,7 +7,8 @@ import { changed, state } from "./store.js";
 import { post } from "./api.js";
 
 const STORED = "hyperhive-notify";
-const offered = () => "Notification" in window && isSecureContext;
+let refused = false; // Chrome on Android has all of it, and throws when it comes to telling
+const offered = () => "Notification" in window && isSecureContext && !refused;
 const wanted = () => localStorage.getItem(STORED) === "yes";
 const is_on = () => offered() && wanted() && Notification.permission === "granted";
 
@@ -21,15 +22,18 @@ export function tell_news(rows) {
   if (!state.ready) return;
   const fresh = known === null ? [] : rows.filter(({ key }) => !known.has(key));
   known = new Set(rows.map(({ key }) => key));
-  if (is_on() && (document.hidden || !document.hasFocus())) fresh.forEach(tell);
+  if (document.hidden || !document.hasFocus()) fresh.forEach((row) => is_on() && tell(row));
 }
 
 function tell(row) {
-  const shown = new Notification("hyperhive: something waits for you", {
-    body: prose_preview(row.text, 200),
-    tag: row.key,
-    icon: "/static/icon.svg",
-  });
+  const more = { body: prose_preview(row.text, 200), tag: row.key, icon: "/static/icon.svg" };
+  let shown;
+  try {
+    shown = new Notification("hyperhive: something waits for you", more);
+  } catch {
+    refused = true;
+    return changed();
+  }
   shown.onclick = () => {
     window.focus();
     location.hash = place_of(row);
@@ -64,7 +68,7 @@ export function notify_panel() {
       { class: "pad" },
       h("div", { class: "buttons" }, here, button("notify:test", "Send a test to notify_url", test, { kind: "small" })),
       !offered() &&
-        h("p", { class: "dim after" }, "Browsers tell only of pages that come over https or from this machine."),
+        h("p", { class: "dim after" }, "Browsers tell only of pages that come over https or from this machine, and some on phones of none."),
       tested && h("p", { class: "ok after", role: "status" }, "The test was delivered."),
       refusal("notify"),
       refusal("notify:test"),

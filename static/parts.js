@@ -2,7 +2,7 @@
 
 import { h } from "./dom.js";
 import { dollars, thousands } from "./text.js";
-import { changed } from "./store.js";
+import { changed, on } from "./store.js";
 
 // ── What the person is doing ─────────────────────────────────────────────────────────────────────
 // Drafts outlive the view and a reload; open folds and running actions live as long as the page.
@@ -49,6 +49,11 @@ export async function act(group, label, work) {
   changed();
 }
 
+/** What was refused while the hive was away says nothing of it any more. */
+on("returned", () => {
+  for (const [group, { error }] of running) if (error) running.delete(group);
+});
+
 export const is_busy = (group) => Boolean(running.get(group)?.busy);
 
 /** A button of a group. `work` is a function that returns a promise; what it throws is shown by `refusal(group)`. */
@@ -75,10 +80,10 @@ export function plain(label, onclick, { kind = "", ...props } = {}) {
 }
 
 /** A button for what can't be undone: the first press asks, and only the second, on what names it, acts. */
-export function asking_button(group, label, sure, work, { name } = {}) {
-  const asks = `ask:${group}`;
+export function asking_button(group, label, sure, work, { name, disabled = false } = {}) {
+  const asks = `ask:${group}:${label}`;
   const press = (open) => () => toggle(asks, open);
-  if (!toggled(asks)) return plain(label, press(true), { kind: "small", "aria-label": name });
+  if (!toggled(asks)) return plain(label, press(true), { kind: "small", "aria-label": name, disabled });
   const act_once = () => work().finally(press(false));
   return h(
     "span",
@@ -118,6 +123,24 @@ function enter(event, tag, on_enter) {
   on_enter();
 }
 
+/** A field with `options` to choose from, [[value, words]]; `take` is given the one that was chosen. */
+export function choice(label, value, options, take, { key = "", ...props } = {}) {
+  return h(
+    "select",
+    {
+      key: `${key}:${options.map(([name]) => name).join()}`,
+      class: "field",
+      "aria-label": label,
+      onchange: (event) => {
+        take(event.target.value);
+        changed();
+      },
+      ...props,
+    },
+    options.map(([name, words]) => h("option", { value: name, selected: name === value }, words)),
+  );
+}
+
 /** A folded part: `summary` is always seen, `content()` is only made when it is open. */
 export function fold(key, summary, content, { otherwise = false, ...props } = {}) {
   const open = toggled(key, otherwise);
@@ -142,6 +165,9 @@ export function heading(title, ...right) {
 export function panel(props, ...rows) {
   return h("div", { ...props, class: `panel ${props?.class ?? ""}` }, rows);
 }
+
+export const fact = (name, ...value) =>
+  value.some(Boolean) && h("div", { class: "fact" }, h("dt", null, name), h("dd", null, value));
 
 export const empty = (...words) => h("p", { class: "empty" }, words);
 

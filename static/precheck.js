@@ -14,31 +14,41 @@ const WORDS = {
 };
 
 /** "+4.1 MiB" */
-export function mebibytes(bytes) {
+function mebibytes(bytes) {
   const size = Math.abs(bytes) / 1024 ** 2;
   const sign = bytes < 0 ? "−" : "+";
   return `${sign}${size >= 0.1 || bytes === 0 ? size.toFixed(1) : size.toFixed(3)} MiB`;
 }
 
 // ── The log ──────────────────────────────────────────────────────────────────────────────────────
-// It belongs to one run of the check: when the verdict changes, it is asked for again.
+// It belongs to one run of the check: it is asked for again when the verdict changes, and while the check runs.
 
-const logs = new Map(); // id → {verdict, lines}
+const AGAIN_MS = 1000;
+const logs = new Map(); // id → {verdict, lines, waits}, of those that are open
 
-const load_log = async (id, verdict) => {
+async function read_log({ id, precheck }) {
   const { log } = await get(`/api/approvals/${id}/precheck`);
-  logs.set(id, { verdict, lines: log });
-};
+  return { verdict: JSON.stringify(precheck), lines: log };
+}
 
-on("approval", (row) => {
-  const known = logs.get(row.id);
-  if (!known || known.verdict === JSON.stringify(row.precheck)) return;
-  load_log(row.id, JSON.stringify(row.precheck)).then(changed, () => logs.delete(row.id));
-});
+/** Called with each drawing. */
+function keep_up(row, known) {
+  const is_over = row.precheck.state !== "running";
+  if (known.waits || (is_over && known.verdict === JSON.stringify(row.precheck))) return;
+  known.waits = true;
+  setTimeout(async () => {
+    const fresh = await read_log(row).catch(() => ({ ...known, waits: false }));
+    if (logs.has(row.id)) logs.set(row.id, fresh); // it may have been closed meanwhile
+    changed();
+  }, AGAIN_MS);
+}
+
+on("approval", ({ id, status }) => status !== "pending" && logs.delete(id));
 
 function log_view(row) {
   const known = logs.get(row.id);
   if (!known) return null;
+  keep_up(row, known);
   return h(
     "div",
     { class: "edit" },
@@ -60,7 +70,7 @@ function log_button(row) {
   const open = logs.has(row.id);
   const group = `precheck:${row.id}`;
   const press = () => {
-    if (!open) return act(group, "Log", () => load_log(row.id, JSON.stringify(row.precheck)));
+    if (!open) return act(group, "Log", async () => logs.set(row.id, await read_log(row)));
     logs.delete(row.id);
     changed();
   };
@@ -85,9 +95,9 @@ function verdict({ state, evaluates, builds, seconds, error, at, packages = [] }
   const total = packages.reduce((sum, { bytes }) => sum + bytes, 0);
   const number_of = (test) => packages.filter(test).length;
   const figures = [
-    [number_of(({ from }) => !from), "+"],
-    [number_of(({ to }) => !to), "−"],
-    [number_of(({ from, to }) => from && to), "±"],
+    [number_of(({ from }) => !from), "new"],
+    [number_of(({ to }) => !to), "gone"],
+    [number_of(({ from, to }) => from && to), "changed"],
   ].filter(([number]) => number > 0);
   return [
     evaluates && tick("evaluates"),
@@ -97,8 +107,8 @@ function verdict({ state, evaluates, builds, seconds, error, at, packages = [] }
       h(
         "span",
         null,
-        h("strong", null, figures.map(([number, sign]) => `${sign}${number}`).join(" ")),
-        packages.length === 1 ? " package" : " packages",
+        "packages: ",
+        h("strong", null, figures.map(([number, word]) => `${number} ${word}`).join(", ")),
       ),
     packages.length > 0 && h("strong", null, mebibytes(total)),
     builds && packages.length === 0 && h("span", { class: "dim" }, "no package changes"),

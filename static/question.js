@@ -2,7 +2,7 @@
 
 import { h } from "./dom.js";
 import { ago, clock, inline, prose } from "./text.js";
-import { act, button, draft, field, is_busy, plain, refusal, spend_draft, toggle, toggled } from "./parts.js";
+import { act, asking_button, button, draft, field, is_busy, plain, refusal, spend_draft, toggle, toggled } from "./parts.js";
 import { state } from "./store.js";
 import { post } from "./api.js";
 
@@ -65,6 +65,7 @@ export function question_card(question, { keys = false, ...props } = {}) {
   const { id } = question;
   const [first, ...rest] = question.question.split("\n");
   const short = first.length <= 120;
+  const cancel = () => post(`/api/questions/${id}/cancel`);
   const send = () => {
     const text = [...(question.multi ? chosen(id) : []), draft(answer_key(id)).trim()].filter(Boolean).join(", ");
     return text && act(question_group(id), "Send", () => answer(id, text));
@@ -84,7 +85,6 @@ export function question_card(question, { keys = false, ...props } = {}) {
       h(
         "span",
         { class: "dim" },
-        question.to !== "operator" && `of ${question.to} · `,
         ago(question.asked_at),
         question.expires_at && ` · expires ${clock(question.expires_at)}`,
       ),
@@ -102,6 +102,7 @@ export function question_card(question, { keys = false, ...props } = {}) {
           placeholder: question.options?.length ? "Or in your own words…" : "Your answer",
           on_enter: send,
         }),
+        asking_button(question_group(id), "Cancel", "Cancel the question", cancel, { name: `Cancel question ${id}` }),
         plain("Send", send, { disabled: is_busy(question_group(id)), kind: question.options?.length ? "" : "main" }),
       ),
       refusal(question_group(id)),

@@ -1,10 +1,11 @@
 // Messages that the hive writes by itself: later, or again and again.
 
 import { h } from "./dom.js";
-import { ago, clock, prose_preview, span } from "./text.js";
+import { ago, clock, hive_now, prose_preview, span } from "./text.js";
 import {
   asking_button,
   button,
+  choice,
   draft,
   empty,
   field,
@@ -25,10 +26,22 @@ export async function load_schedules() {
   try {
     const { schedules } = await get("/api/schedules");
     Object.assign(known, { rows: schedules.filter(({ next }) => next), error: null }); // the others are over
+    load_when_due(known.rows);
   } catch (error) {
     known.error = error;
   }
   changed();
+}
+
+let timer = 0;
+const LONGEST_WAIT_MS = 86400000;
+
+/** No change tells that one was written: as long as somebody looks, they are asked for when the next one is due. */
+function load_when_due(rows) {
+  clearTimeout(timer);
+  const wait_ms = Math.min(LONGEST_WAIT_MS, ...rows.map(({ next }) => Date.parse(next) - hive_now()));
+  const look = () => location.hash === "#/system" && load_schedules();
+  timer = setTimeout(look, Math.max(0, wait_ms) + 1000);
 }
 
 // ── A new one ────────────────────────────────────────────────────────────────────────────────────
@@ -56,17 +69,7 @@ async function create() {
   await load_schedules();
 }
 
-function choice(key, label, value, options) {
-  const take = (event) => {
-    set_draft(key, event.target.value);
-    changed();
-  };
-  return h(
-    "select",
-    { class: "field", "aria-label": label, onchange: take },
-    options.map(([name, words]) => h("option", { value: name, selected: name === value }, words)),
-  );
-}
+const kept_choice = (key, label, value, options) => choice(label, value, options, (name) => set_draft(key, name));
 
 /** A field whose text decides what can be pressed. */
 const counted = (key, props) =>
@@ -86,14 +89,14 @@ function form() {
   return h(
     "div",
     { class: "form" },
-    row_of("To", choice(TO, "Recipient of the schedule", recipient(), [...names, ["*", "all agents"]])),
+    row_of("To", kept_choice(TO, "Recipient of the schedule", recipient(), [...names, ["*", "all agents"]])),
     row_of("Text", counted(BODY, { tag: "textarea", rows: "2", label: "Text of the schedule", placeholder: "" })),
     row_of("First", counted(FIRST, { type: "datetime-local", label: "First time, by your clock" })),
     row_of(
       "Then every",
       SECONDS[draft(UNIT)] &&
         counted(NUMBER, { type: "number", min: "1", step: "1", label: "Number", placeholder: "1", class: "field number" }),
-      choice(UNIT, "How often", draft(UNIT), units),
+      kept_choice(UNIT, "How often", draft(UNIT), units),
     ),
     h(
       "div",

@@ -3,20 +3,23 @@
 import { h } from "./dom.js";
 import { clock, plural, prose_preview, you_or } from "./text.js";
 import { button, draft, empty, field, heading, panel, refusal, set_draft } from "./parts.js";
-import { changed, state } from "./store.js";
+import { changed, state, with_older } from "./store.js";
 import { get } from "./api.js";
 import { request_words } from "./approval.js";
+import { load_past, past } from "./call.js";
 import { at_start, load_older, together } from "./flow.js";
 
 const PAGE = 1000;
 const SHOWN = 100;
 const KEY = "search";
-const known = { approvals: [], audit: [], audit_end: false, error: null };
+const known = { audit: [], audit_end: false, error: null };
 
 export async function load_search() {
   try {
-    const [{ approvals }, { audit }] = await Promise.all([get("/api/approvals"), get(`/api/audit?max=${PAGE}`)]);
-    Object.assign(known, { approvals, audit, audit_end: audit.length < PAGE, error: null });
+    const [{ audit }] = await Promise.all([get(`/api/audit?max=${PAGE}`), load_past()]);
+    const rows = with_older(audit, known.audit);
+    const audit_end = audit.length < PAGE || (known.audit_end && rows.length > audit.length);
+    Object.assign(known, { audit: rows, audit_end, error: null });
     if (state.messages.length < PAGE && !at_start()) await load_older(PAGE);
   } catch (error) {
     known.error = error;
@@ -51,7 +54,7 @@ function found(words) {
         href: `#/flow/thread/${row.id}`,
         text: `${you_or(row.from)} → ${you_or(row.to)}: ${prose_preview(row.body, 200)}`,
       })),
-    ...known.approvals
+    ...(past.rows ?? [])
       .filter((row) => has_all(words, `#${row.id}`, request_words(row), row.description, row.note, row.status))
       .map((row) => ({
         key: `a${row.id}`,
@@ -75,6 +78,7 @@ function found(words) {
 export function search_view() {
   const words = draft(KEY).toLowerCase().split(/\s+/).filter(Boolean);
   const rows = words.length ? found(words) : [];
+  const error = known.error ?? past.error;
   return [
     heading("Search", words.length > 0 && plural(rows.length, "hit")),
     panel(
@@ -90,7 +94,7 @@ export function search_view() {
         },
       }),
     ),
-    known.error && h("p", { class: "refusal", role: "alert" }, known.error.message),
+    error && h("p", { class: "refusal", role: "alert" }, error.message),
     words.length > 0 &&
       panel(
         { role: "region", "aria-label": "Hits", "aria-live": "polite" },

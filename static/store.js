@@ -15,13 +15,18 @@ export const state = {
   deploys: [],
   attention: [],
   usage: { today_usd: 0 },
-  paused_all: false,
-  logs: new Map(), // deploy id → lines
 };
 
-// Rows that came in while this page was looking: they slide in, once. Rows of a snapshot never do.
+// Rows that came in while this page was looking: they slide in, once, and are old then. Rows of a snapshot never do.
 const arrived = new Set();
+const SLIDE_MS = 1000;
 export const is_new = (kind, id) => arrived.has(`${kind}:${id}`);
+
+function arrive(kind, id) {
+  const key = `${kind}:${id}`;
+  arrived.add(key);
+  setTimeout(() => arrived.delete(key), SLIDE_MS);
+}
 
 // ── Drawing again ────────────────────────────────────────────────────────────────────────────────
 
@@ -46,10 +51,10 @@ export function changed() {
 // ── Changes ──────────────────────────────────────────────────────────────────────────────────────
 
 const MESSAGES_KEPT = 2000;
-const LOG_LINES_KEPT = 5000;
-const listeners = { events: new Set(), usage: new Set(), roster: new Set(), approval: new Set() };
+const KINDS = ["events", "usage", "roster", "approval", "deploy_log", "snapshot", "returned"];
+const listeners = Object.fromEntries(KINDS.map((kind) => [kind, new Set()]));
 
-/** For what no list of this file holds: `on("events", (agent, events) => …)`, `on("usage", …)`, `on("roster", …)`. */
+/** For what no list of this file holds: `on("events", (agent, events) => …)`, `on("approval", (row) => …)`, … */
 export const on = (kind, listener) => listeners[kind].add(listener);
 const tell = (kind, ...news) => listeners[kind].forEach((listener) => listener(...news));
 
@@ -57,6 +62,7 @@ export function connected(live) {
   if (live === state.live) return;
   state.live = live;
   state.lost_at = live ? null : new Date().toISOString();
+  if (live && state.ready) tell("returned");
   changed();
 }
 
@@ -68,19 +74,21 @@ export function take(kind, data) {
 
 function take_snapshot(snapshot) {
   set_clock(snapshot.now);
-  const messages = with_older(snapshot.messages);
-  Object.assign(state, snapshot, { ready: true, messages });
-  state.logs.clear(); // lines may have been missed: who looks at one asks for the whole
+  const messages = with_older(snapshot.messages, state.messages);
+  const deploys = with_older(snapshot.deploys, state.deploys);
+  Object.assign(state, snapshot, { ready: true, messages, deploys });
   arrived.clear();
   sort_agents();
   tell("roster");
+  tell("snapshot");
 }
 
-/** Keeps the older messages that were loaded before, unless there may be a hole between them and these. */
-function with_older(messages) {
-  const ids = new Set(messages.map((message) => message.id));
-  if (!state.messages.some((message) => ids.has(message.id))) return messages;
-  return [...state.messages.filter((message) => message.id < messages[0].id), ...messages];
+/** These rows, oldest first, with the older ones that were `known` before, unless there may be a hole between them. */
+export function with_older(rows, known) {
+  const ids = new Set(rows.map((row) => row.id));
+  const first = Math.min(...ids);
+  const older = known.some((row) => ids.has(row.id)) ? known.filter((row) => row.id < first) : [];
+  return [...older, ...rows].sort(by_id);
 }
 
 const CHANGES = {
@@ -101,15 +109,15 @@ const CHANGES = {
   message: ({ row }) => {
     if (replace(state.messages, row)) {
       state.messages.sort(by_id); // changes need not come in the order in which messages were written
-      arrived.add(`message:${row.id}`);
+      arrive("message", row.id);
     }
     if (state.messages.length > MESSAGES_KEPT) state.messages.splice(0, 500);
   },
   deploy: ({ row }) => {
-    if (replace(state.deploys, row)) arrived.add(`deploy:${row.id}`);
+    if (replace(state.deploys, row)) arrive("deploy", row.id);
   },
   deploy_gone: ({ id }) => remove(state.deploys, id),
-  deploy_log: ({ id, lines }) => add_log(id, lines),
+  deploy_log: (change) => tell("deploy_log", change),
   attention: ({ rows }) => take_attention(rows),
   usage: ({ today_usd }) => {
     state.usage.today_usd = today_usd;
@@ -124,7 +132,7 @@ function take_change(change) {
 
 function take_attention(rows) {
   const known = new Set(state.attention.map((row) => row.key));
-  for (const row of rows) if (!known.has(row.key)) arrived.add(`attention:${row.key}`);
+  for (const row of rows) if (!known.has(row.key)) arrive("attention", row.key);
   state.attention = rows;
 }
 
@@ -143,16 +151,10 @@ function remove(rows, id, by = "id") {
   if (index >= 0) rows.splice(index, 1);
 }
 
-function add_log(id, lines) {
-  const log = state.logs.get(id);
-  if (!log) return; // nobody looks at it: whoever opens it asks for the whole
-  log.push(...lines);
-  if (log.length > LOG_LINES_KEPT) log.splice(0, log.length - LOG_LINES_KEPT);
-}
-
-export function add_older_messages(rows) {
-  const known = new Set(state.messages.map((message) => message.id));
-  state.messages = [...rows.filter((row) => !known.has(row.id)), ...state.messages].sort(by_id);
+/** `list` is "messages" or "deploys". */
+export function add_older(list, rows) {
+  const known = new Set(state[list].map((row) => row.id));
+  state[list] = [...rows.filter((row) => !known.has(row.id)), ...state[list]].sort(by_id);
   changed();
 }
 
@@ -162,6 +164,9 @@ export const is_running_phase = (phase) => phase === "queued" || phase === "buil
 const is_open_approval = (row) => row.status === "pending" || is_running_phase(row.phase);
 export const agent_named = (name) => state.agents.find((agent) => agent.name === name);
 
+/** a2 comes before a10. */
+const in_order = (name) => name.replace(/\d+/g, (digits) => digits.padStart(9, "0"));
+
 function sort_agents() {
-  state.agents.sort((a, b) => b.manager - a.manager || a.name.localeCompare(b.name));
+  state.agents.sort((a, b) => b.manager - a.manager || (in_order(a.name) < in_order(b.name) ? -1 : 1));
 }

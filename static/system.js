@@ -2,8 +2,8 @@
 
 import { h } from "./dom.js";
 import { clock, dollars, web_href } from "./text.js";
-import { button, empty, heading, panel, refusal } from "./parts.js";
-import { changed, state } from "./store.js";
+import { button, empty, fact, heading, panel, refusal } from "./parts.js";
+import { changed, state, with_older } from "./store.js";
 import { get, post } from "./api.js";
 import { notify_panel } from "./notify.js";
 import { files_panel, load_files } from "./files.js";
@@ -21,7 +21,9 @@ export function load_system() {
 async function load_audit() {
   try {
     const { audit } = await get(`/api/audit?max=${PAGE}`);
-    Object.assign(known, { audit: newest_first(audit), error: null, at_start: audit.length < PAGE });
+    const rows = with_older(audit, known.audit ?? []);
+    const at_start = audit.length < PAGE || (known.at_start && rows.length > audit.length);
+    Object.assign(known, { audit: newest_first(rows), error: null, at_start });
   } catch (error) {
     known.error = error;
   }
@@ -45,7 +47,6 @@ const CONTAINERS = {
 function facts() {
   const { hive, usage, version } = state;
   const home = web_href(hive.home);
-  const fact = (name, value) => value && h("div", { class: "fact" }, h("dt", null, name), h("dd", null, value));
   return panel(
     { class: "pad" },
     h(

@@ -156,7 +156,7 @@ function output_view(key, { output = "", is_error }, shown, open) {
       h(
         "button",
         { type: "button", class: "quiet more", onclick: () => toggle(key, true) },
-        `all ${plural(lines, "line")}`,
+        lines > 1 && lines > shown ? `all ${plural(lines, "line")}` : "show all of it",
       ),
   ];
 }

@@ -21,9 +21,12 @@ export async function load_usage() {
 }
 
 const AGAIN_MS = 5000;
+let timer = 0;
+
 on("usage", () => {
-  if (!location.hash.startsWith("#/usage") || Date.now() - known.asked_at < AGAIN_MS) return;
-  load_usage();
+  clearTimeout(timer);
+  const look = () => location.hash.startsWith("#/usage") && load_usage();
+  timer = setTimeout(look, Math.max(0, known.asked_at + AGAIN_MS - Date.now()));
 });
 
 // ── By day ───────────────────────────────────────────────────────────────────────────────────────

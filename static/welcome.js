@@ -1,15 +1,17 @@
 // The first minutes of a hive, in three steps: start the manager, sign it in, ask it for something.
 
 import { h } from "./dom.js";
-import { button, refusal } from "./parts.js";
+import { button, refusal, state_words } from "./parts.js";
 import { agent_named, is_running_phase, state } from "./store.js";
-import { post, send_message } from "./api.js";
+import { post, send_messages } from "./api.js";
 import { composer } from "./composer.js";
 import { deploy_card } from "./deploys.js";
 import { signin } from "./agent.js";
+import { why_words } from "./agents.js";
 
 const manager = () => agent_named("manager");
 const SIGNED_OUT = ["needs_login", "signing_in"];
+const SIGNED_IN = ["idle", "working"];
 
 const A_LOT = 50; // of messages: then this hive is no new one, whoever wrote them
 
@@ -35,7 +37,13 @@ function start_step() {
   ];
 }
 
-const sign_in_step = () => signin(manager(), "/api/agents/manager");
+/** It may be kept from work by something else than a sign-in. */
+function sign_in_step() {
+  const agent = manager();
+  if (SIGNED_OUT.includes(agent.state)) return signin(agent, "/api/agents/manager");
+  const words = why_words(agent) || "It has yet to say how it is.";
+  return h("p", { class: "warn" }, words, " ", h("a", { href: "#/agents/manager" }, "Open manager"));
+}
 
 const ask_step = () =>
   composer({
@@ -43,28 +51,28 @@ const ask_step = () =>
     label: "Write to manager",
     placeholder: "What do you need? For example: an agent that keeps an eye on our backups.",
     name: "Send to manager",
-    send: (body) => send_message("to:manager", { to: "manager", body }),
+    send: (body) => send_messages("to:manager", { to: "manager", body }),
     files: true,
   });
 
 const STEPS = [
   {
     title: "Start the manager",
-    state: "the hive is empty",
+    state: () => "the hive is empty",
     words: "The manager is the agent that you talk to. It asks for further agents, and for changes to them.",
     is_done: () => Boolean(manager()?.running),
     act: start_step,
   },
   {
     title: "Sign it in",
-    state: "the manager is signed out",
+    state: () => `the manager is ${SIGNED_OUT.includes(manager().state) ? "signed out" : state_words(manager())}`,
     words: "Each agent has a Claude account's sign-in of its own. It lies on this machine and is kept when it is rebuilt.",
-    is_done: () => Boolean(manager()?.running) && !SIGNED_OUT.includes(manager().state),
+    is_done: () => Boolean(manager()?.running) && SIGNED_IN.includes(manager().state),
     act: sign_in_step,
   },
   {
     title: "Ask it for something",
-    state: "the manager is ready",
+    state: () => "the manager is ready",
     words: "What it wants to change appears here with all that it would do. Nothing happens until you approve it.",
     is_done: () => false,
     act: ask_step,
@@ -79,7 +87,7 @@ export function welcome_card(props) {
     h(
       "header",
       { class: "card-head" },
-      h("div", { class: "card-title" }, h("span", { class: "label" }, "Welcome"), h("h3", null, STEPS[now].state)),
+      h("div", { class: "card-title" }, h("span", { class: "label" }, "Welcome"), h("h3", null, STEPS[now].state())),
     ),
     h(
       "ol",

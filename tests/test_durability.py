@@ -159,7 +159,7 @@ def test_a_harness_that_hangs_is_told_once(folder: Path) -> None:
         hive.spawn("alice", running=True)
 
         def told() -> list[str]:
-            return [row["text"] for row in hive.api("GET", "/api/state").body["attention"] if row["kind"] == "failed"]
+            return [row["text"] for row in hive.api("GET", "/api/state").body["attention"] if row["kind"] == "silent"]
 
         harness = harness_of(hive, "alice")
         harness.suspend()

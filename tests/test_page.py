@@ -189,9 +189,13 @@ def test_a_refusal_is_shown_where_the_button_is(hive: Hive, tab: Tab) -> None:
     spawn(hive, "manager")
     tab.go("agents")
     tab.page.get_by_role("button", name="Manage manager").click()
-    tab.page.get_by_role("button", name="Roll back manager").click()
+    back = tab.page.get_by_role("button", name="Roll back manager")
+    back.click()
+    tab.page.get_by_role("button", name="Keep").click()
+    back.click()
+    tab.page.get_by_role("button", name="Roll manager back").click()
     expect(tab.page.get_by_role("alert")).not_to_be_empty()
-    expect(tab.page.get_by_role("button", name="Roll back manager")).to_be_enabled()
+    expect(back).to_be_enabled()
 
 
 # ── questions ──
