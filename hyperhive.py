@@ -89,7 +89,10 @@ BIND_TRIES: Final = 12  # after the first: 0.5 + 1 + 10 × 2 s, about 22 s
 BIND_WAIT_MAX_S: Final = 2.0
 TICK_S: Final = 0.25
 EVENTS_KEPT: Final = 2000  # of each agent, for the dashboard
-EVENT_BYTES: Final = 1024 * 1024
+EVENTS_KEPT_BYTES: Final = 32 * 1024 * 1024
+EVENT_BYTES: Final = 768 * 1024  # a harness cuts its own at 512 KiB, and 128 KiB of pictures
+EVENTS_BYTES: Final = 8 * 1024 * 1024  # of events in one answer; at least one of them
+WEIGH_BYTES: Final = 1024 * 1024  # how much an agent may report on a connection until what is kept is weighed
 LOG_LINES_MAX: Final = 1000
 CRASH_WINDOW_MS: Final = 600_000
 SIGN_IN_ENDS_MS: Final = 3 * 86_400_000  # so long before its end the operator is told
@@ -4946,23 +4949,24 @@ class Views:
     ) -> list[Json]:
         """An agent's events below its own id `before`; or any agent's above our number `after`. Oldest first.
 
-        With `words` only those whose data hold them, in either case.
+        With `words` only those whose data hold them, in either case. Fewer than `most` where they are large.
         """
-        rows = self._store.rows(
-            "SELECT * FROM events WHERE (?1 IS NULL OR agent = ?1) AND (?2 IS NULL OR id < ?2)"
+        query = (
+            "SELECT * FROM events WHERE (?1 IS NULL OR agent = ?1) AND (?2 IS NULL OR id < ?2)"  # noqa: S608
             " AND (?3 IS NULL OR n > ?3) AND data LIKE ?5 ESCAPE '\\'"
-            " ORDER BY CASE WHEN ?3 IS NULL THEN -n ELSE n END LIMIT ?4",
-            agent,
-            before,
-            after,
-            most,
-            holding(words),
+            f" ORDER BY n {'DESC' if after is None else 'ASC'} LIMIT ?4"
         )
-        shown = [
-            {key: row[key] for key in ("id", "turn", "kind")}
-            | {"at": rfc3339(row["at"]), "data": json.loads(row["data"]), "agent": row["agent"], "n": row["n"]}
-            for row in rows
-        ]
+        shown: list[Json] = []
+        size = 0
+        with self._store.read() as connection:
+            for row in connection.execute(query, (agent, before, after, most, holding(words))):
+                size += len(row["data"])
+                if shown and size > EVENTS_BYTES:
+                    break
+                shown.append(
+                    {key: row[key] for key in ("id", "turn", "kind")}
+                    | {"at": rfc3339(row["at"]), "data": json.loads(row["data"]), "agent": row["agent"], "n": row["n"]}
+                )
         return shown if after is not None else shown[::-1]
 
     def oldest_event(self, agent: str) -> int | None:
@@ -5083,6 +5087,7 @@ def _worry(kind: str, key: Any, agent: str | None, text: str, since: str) -> Jso
 
 BACKLOG_BYTES: Final = 256 * 1024
 REPLAY: Final = 2000
+REPLAY_BYTES: Final = 8 * 1024 * 1024
 PAUSE_S: Final = 0.02
 SNAPSHOT_S: Final = 0.2  # it tells the time, and must not tell it wrong
 FLOOD: Final = 500  # more marks than this at once: a snapshot is cheaper
@@ -5096,6 +5101,7 @@ class Stream:
     dialect: Literal["sse", "status"]
     after: str = ""
     agent: str = ""
+    is_admitted: Callable[[], bool] = lambda: True  # no longer, once the token that opened it is void
     outbox: bytearray = dataclasses.field(default_factory=bytearray)
     allowed: int = BACKLOG_BYTES
 
@@ -5106,15 +5112,18 @@ class Hub:
         self._epoch = secrets.token_hex(4)
         self._seq = 0
         self._marks: dict[tuple[str, Any], None] = {}
-        self._events: list[tuple[str, list[Json]]] = []
+        self._events: list[tuple[str, bytes]] = []  # (agent, the change as JSON)
+        self._events_bytes = 0
         self._arrivals: list[Stream] = []
         self._lock = threading.Lock()
-        self._ring: deque[tuple[int, str, bytes]] = deque(maxlen=REPLAY)  # (seq, agent it is for, frame)
+        self._ring: deque[tuple[int, str, bytes]] = deque()  # (seq, agent it is for, frame)
+        self._ring_bytes = 0
         self._streams: set[Stream] = set()
         self._worries: list[Json] | None = None  # as they were told last; None: to nobody who still listens
         self._statuses: dict[str, Json] = {}
         self._last_snapshot: tuple[int, float, bytes] = (-1, 0.0, b"")  # its number, until when it serves, the frame
-        self._closed = self._void = False
+        self._closed = self._revoked = False
+        self._gap = False  # something was not told: whoever listens gets a snapshot
         self._selector = selectors.DefaultSelector()
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(self._wake_r, selectors.EVENT_READ)
@@ -5133,8 +5142,13 @@ class Hub:
         self._wake()
 
     def events(self, agent: str, events: list[Json]) -> None:
+        """A snapshot holds none of them: whoever gets one asks for them. So they may be dropped when they flood in."""
+        change = encode_line({"kind": "events", "agent": agent, "events": events})
         with self._lock:
-            self._events.append((agent, events))
+            self._events.append((agent, change))
+            self._events_bytes += len(change)
+            if self._events_bytes > REPLAY_BYTES:
+                self._events, self._events_bytes, self._gap = [], 0, True
         self._wake()
 
     def join(self, stream: Stream) -> None:
@@ -5144,9 +5158,9 @@ class Hub:
             self._arrivals.append(stream)
         self._wake()
 
-    def end_streams(self) -> None:
-        """Hang up on every browser: the token that opened its stream is void."""
-        self._void = True
+    def end_revoked(self) -> None:
+        """Hang up on every browser whose token is void. One that is still on its way here is not let in."""
+        self._revoked = True
         self._wake()
 
     def close(self) -> None:
@@ -5170,15 +5184,16 @@ class Hub:
         while not self._closed:
             for key, mask in self._selector.select(max(0.0, beat - time.monotonic())):
                 self._ready(key, mask)
-            if self._void:
-                self._void = False
-                for stream in [stream for stream in self._streams if stream.dialect == "sse"]:
+            if self._revoked:
+                self._revoked = False
+                for stream in [stream for stream in self._streams if not stream.is_admitted()]:
                     self._drop(stream)
             try:
                 self._publish()
-                self._welcome()
             except Exception:
                 log.exception("live streams")
+                self._gap = True
+            self._welcome()
             if time.monotonic() >= beat:
                 beat = time.monotonic() + self._heartbeat_s
                 self._each(lambda stream: b": still here\n\n" if stream.dialect == "sse" else b"")
@@ -5204,43 +5219,47 @@ class Hub:
         if mask & selectors.EVENT_WRITE:
             self._flush(stream)
 
-    def _take(self) -> tuple[list[tuple[str, Any]], list[tuple[str, list[Json]]]]:
+    def _take(self) -> tuple[list[tuple[str, Any]], list[tuple[str, bytes]], bool]:
         with self._lock:
-            marks, events = list(self._marks), self._events
-            self._marks, self._events = {}, []
-        return marks, events
+            marks, events, gap = list(self._marks), self._events, self._gap
+            self._marks, self._events, self._events_bytes, self._gap = {}, [], 0, False
+        return marks, events, gap
 
     def _publish(self) -> None:
-        marks, events = self._take()
-        if not marks and not events:
+        marks, events, gap = self._take()
+        if not marks and not events and not gap:
             return
         if not self._streams:
-            self._seq += 1  # whoever comes back with an older number gets a snapshot
-            self._ring.clear()
+            self._forget()
             self._worries = None
             return
-        if len(marks) > FLOOD:
-            self._seq += 1
-            self._ring.clear()
+        if gap or len(marks) > FLOOD:
+            self._forget()
             frame = self._snapshot()
             self._each(lambda stream: frame if stream.dialect == "sse" else b"")
             self._status_rows()
         else:
             self._publish_rows(marks)
-        for agent, batch in events:
-            self._frame({"kind": "events", "agent": agent, "events": batch}, agent)
+        for agent, change in events:
+            self._frame(change, agent)
         time.sleep(PAUSE_S)  # what comes meanwhile is read together
+
+    def _forget(self) -> None:
+        """Whoever comes back with an older number gets a snapshot."""
+        self._seq += 1
+        self._ring.clear()
+        self._ring_bytes = 0
 
     def _publish_rows(self, marks: list[tuple[str, Any]]) -> None:
         for kind, key in marks:
             if (change := self._views.change(kind, key)) is not None:
-                self._frame(change)
+                self._frame(encode_line(change))
         if any(stream.dialect == "status" for stream in self._streams):
             self._status_rows()
         worries = self._views.attention()
         if worries != self._worries:
             self._worries = worries
-            self._frame({"kind": "attention", "rows": worries})
+            self._frame(encode_line({"kind": "attention", "rows": worries}))
 
     def _status_rows(self) -> list[Json]:
         """The rows as they are; who follows them is told of each that is new."""
@@ -5252,22 +5271,24 @@ class Hub:
                 self._each(lambda stream, line=line: line if stream.dialect == "status" else b"")  # type: ignore[misc]
         return rows
 
-    def _frame(self, change: Json, agent: str = "") -> None:
+    def _frame(self, change: bytes, agent: str = "") -> None:
         self._seq += 1
         frame = self._sse("change", change)
         self._ring.append((self._seq, agent, frame))
+        self._ring_bytes += len(frame)
+        while len(self._ring) > REPLAY or self._ring_bytes > REPLAY_BYTES:
+            self._ring_bytes -= len(self._ring.popleft()[2])
         self._each(lambda stream: frame if stream.dialect == "sse" and agent in ("", stream.agent) else b"")
 
-    def _sse(self, event: str, data: Json) -> bytes:
-        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-        return f"id: {self.seq}\nevent: {event}\ndata: {text}\n\n".encode()
+    def _sse(self, event: str, line: bytes) -> bytes:
+        return f"id: {self.seq}\nevent: {event}\ndata: ".encode() + line + b"\n"
 
     def _snapshot(self) -> bytes:
         """Many who come at once get the same; what has changed since is on its way to them as changes."""
         moment = time.monotonic()
         seq, until, frame = self._last_snapshot
         if seq != self._seq or moment > until:
-            frame = self._sse("snapshot", {"seq": self.seq} | self._views.snapshot())
+            frame = self._sse("snapshot", encode_line({"seq": self.seq} | self._views.snapshot()))
             self._last_snapshot = (self._seq, moment + SNAPSHOT_S, frame)
         return frame
 
@@ -5275,17 +5296,23 @@ class Hub:
         with self._lock:
             arrivals, self._arrivals = self._arrivals, []
         for stream in arrivals:
-            try:
-                self._selector.register(stream.sock, selectors.EVENT_READ, stream)
-            except (OSError, ValueError):
+            if not stream.is_admitted():
                 stream.sock.close()
                 continue
-            if stream.dialect == "sse":
-                first = self._missed(stream)
-            else:
-                first = encode_line(ok_answer(agent_statuses=self._status_rows()))
+            try:
+                first = self._first(stream)
+                self._selector.register(stream.sock, selectors.EVENT_READ, stream)
+            except Exception:
+                log.exception("a live stream can't begin")
+                stream.sock.close()
+                continue
             self._streams.add(stream)
             self._send(stream, first)
+
+    def _first(self, stream: Stream) -> bytes:
+        if stream.dialect == "sse":
+            return self._missed(stream)
+        return encode_line(ok_answer(agent_statuses=self._status_rows()))
 
     def _missed(self, stream: Stream) -> bytes:
         """What a stream has not seen since `after`; a snapshot where that can't be told any more."""
@@ -5459,6 +5486,11 @@ class Notifier:
 #   schedules → schedules · usage {days?} → usage · backup {path} → path · token {rotate?} → token
 
 SEND_TIMEOUT_S: Final = 30.0
+DROP_HEAVY_SQL: Final = """
+    DELETE FROM events WHERE agent = ?1 AND id <= (
+        SELECT id FROM (SELECT id, sum(length(data)) OVER (ORDER BY id DESC) AS bytes FROM events WHERE agent = ?1)
+        WHERE bytes > ?2 ORDER BY id DESC LIMIT 1)
+"""
 
 
 class LineReader:
@@ -5834,6 +5866,7 @@ class AgentConnection(Connection):
         self.name, self._s = name, services
         self._actor = Actor(name)
         self._waiting = self._greeted = False
+        self._unweighed = WEIGH_BYTES  # of events: the first that are reported here make us look
         self._requests = Requests(services)
 
     def before_request(self) -> None:
@@ -6057,6 +6090,8 @@ class AgentConnection(Connection):
         known = tx.value("SELECT coalesce(max(id), 0) FROM events WHERE agent = ?", self.name)
         stored = [event for event in events if event["id"] > known]
         for event in stored:
+            data = json.dumps(event["data"])
+            self._unweighed += len(data)
             tx.execute(
                 "INSERT OR IGNORE INTO events (agent, id, at, turn, kind, data) VALUES (?, ?, ?, ?, ?, ?)",
                 self.name,
@@ -6064,17 +6099,24 @@ class AgentConnection(Connection):
                 event["at"],
                 event["turn"],
                 event["kind"],
-                json.dumps(event["data"]),
+                data,
             )
         if any(event["kind"] == "turn_end" and event["data"].get("outcome") == "done" for event in stored):
             self._end_trouble(tx)
         if stored:
-            newest = tx.value("SELECT max(id) FROM events WHERE agent = ?", self.name)
-            tx.execute("DELETE FROM events WHERE agent = ? AND id <= ?", self.name, newest - EVENTS_KEPT)
+            self._drop_events(tx)
         if usage is not None:
             self._take_usage(tx, usage)
         if state is not None:
             self._take_state(tx, state)
+
+    def _drop_events(self, tx: Tx) -> None:
+        """The oldest, when there are too many; and when they are too large, which is not looked up each time."""
+        newest = tx.value("SELECT max(id) FROM events WHERE agent = ?", self.name)
+        tx.execute("DELETE FROM events WHERE agent = ? AND id <= ?", self.name, newest - EVENTS_KEPT)
+        if self._unweighed > WEIGH_BYTES:
+            self._unweighed = 0
+            tx.execute(DROP_HEAVY_SQL, self.name, EVENTS_KEPT_BYTES)
 
     def _take_usage(self, tx: Tx, usage: Json) -> None:
         context = {key: usage.pop(key) for key in ("context_tokens", "context_window")}
@@ -6230,7 +6272,7 @@ def _event_from(f: Fields) -> Json:
         "data": f.mapping("data"),
     }
     f.done()
-    if len(json.dumps(event["data"])) > EVENT_BYTES:
+    if len(encode_line(f.mapping("data"))) > EVENT_BYTES:
         raise Refused("too_large", f"an event may have at most {EVENT_BYTES} bytes of data")
     return event
 
@@ -6508,7 +6550,7 @@ class HostConnection(Connection):
     def operator_token(self, f: Fields) -> Json:
         if f.flag("rotate"):
             self._s.token.rotate()
-            self._s.hub.end_streams()
+            self._s.hub.end_revoked()
             self._s.store.write(lambda tx: tx.audit(self._actor, "rotate_token", "dashboard"))
         return {"token": self._s.token.value}
 
@@ -6902,7 +6944,8 @@ class Routes:
         """Older events, or those of them that hold the words of `find`.
 
         What the host no longer keeps is asked of the harness and comes over the stream: `rest` says below
-        which id, and whether there was a harness to ask. An event of the kind `history` ends it.
+        which id, and whether there was a harness to ask. An event of the kind `history` ends it. `more`
+        says that large ones left no room for others that the host still keeps.
         """
         self._s.agents.known(name)
         before, most = self._before(), self._query("max", 300, 1000)
@@ -6910,6 +6953,8 @@ class Routes:
         if len(words) > FIND_MAX:
             raise Refused("too_large", f"the words to find may have at most {FIND_MAX} characters")
         found = self._s.views.events(agent=name, before=before, most=most, words=words)
+        if 0 < len(found) < most and self._s.views.events(agent=name, before=found[0]["id"], most=1, words=words):
+            return {"events": found, "more": True}
         oldest = min(before, self._s.views.oldest_event(name) or 1)
         if len(found) == most or oldest <= 1:
             return {"events": found}
@@ -6975,9 +7020,10 @@ class Routes:
         channel = self._request.environ["waitress.client_disconnected"].__self__
         self._response.content_type = "text/event-stream; charset=utf-8"
         self._response.set_header("Cache-Control", "no-store")
-        return self._hand_over(channel, after, agent)
+        is_admitted = functools.partial(self._s.token.is_in, header_of(self._request, "Authorization"))
+        return self._hand_over(channel, lambda sock: Stream(sock, "sse", after, agent, is_admitted))
 
-    def _hand_over(self, channel: Any, after: str, agent: str) -> Iterator[bytes]:
+    def _hand_over(self, channel: Any, make: Callable[[socket.socket], Stream]) -> Iterator[bytes]:
         """Waitress writes status and headers with the first chunk; then the socket becomes the hub's.
 
         Waitress closes its own descriptor, with no terminator and no FIN, since ours is open still.
@@ -6989,7 +7035,7 @@ class Routes:
         while channel.connected and channel.total_outbufs_len and time.monotonic() < end:
             time.sleep(0.001)
         if channel.connected and not channel.total_outbufs_len:
-            self._s.hub.join(Stream(channel.socket.dup(), "sse", after, agent))
+            self._s.hub.join(make(channel.socket.dup()))
         raise ClientDisconnected
 
     # -- POST

@@ -96,10 +96,10 @@ export class Find {
 
   async look_further(before) {
     const { words } = this;
-    const { count: number, oldest, rest } = await this.transcript.fetch(before, PAGE, words);
+    const { count: number, oldest, rest, more } = await this.transcript.fetch(before, PAGE, words);
     if (words !== this.words) return;
     if (rest && !rest.asked) this.beyond = `What is older lies with ${this.transcript.name}, which does not run.`;
-    this.looked_to = this.beyond ? rest.before : number < PAGE ? 1 : oldest;
+    this.looked_to = this.beyond ? rest.before : number < PAGE && !more ? 1 : oldest;
   }
 
   async go(id) {

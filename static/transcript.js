@@ -26,7 +26,7 @@ addEventListener("touchmove", () => (scrolled_up = true), { passive: true });
 addEventListener("keydown", ({ key }) => ["PageUp", "Home", "ArrowUp"].includes(key) && (scrolled_up = true));
 
 export class Transcript {
-  /** `fetch_older(before, max, find)` → promise of {events, rest?}: `rest` names what the agent itself is asked for. */
+  /** `fetch_older(before, max, find)` → promise of {events, more?, rest?}: `rest` is asked of the agent itself. */
   constructor(name, fetch_older) {
     Object.assign(this, { name, fetch_older, key: `transcript:${name}`, version: 0 });
     this.turns = new Map(); // number → {number, events, size, version}
@@ -139,9 +139,9 @@ export class Transcript {
 
   /** Older events, with `find` only those that hold it. How many there are below `before`, at most `max`. */
   async fetch(before, max, find = "") {
-    const { events, rest } = await this.fetch_older(before, max, find);
+    const { events, rest, more } = await this.fetch_older(before, max, find);
     this.add(events);
-    const found = { count: events.length, oldest: events[0]?.id, rest };
+    const found = { count: events.length, oldest: events[0]?.id, rest, more };
     if (!rest?.asked) return found;
     const late = await this.told({ before: rest.before, find });
     return { ...found, count: found.count + late.count, oldest: late.oldest ?? found.oldest };

@@ -5,10 +5,11 @@ import json
 import re
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
@@ -688,6 +689,33 @@ def test_older_events_come_from_the_agent_itself(hive: Hive) -> None:
     assert shown == list(range(newest - 299, newest + 1))
 
 
+def an_event(number: int, size: int) -> dict[str, Any]:
+    data = {"text": "x" * size}
+    return {"id": number, "at": "2030-01-31T08:00:00Z", "turn": 1, "kind": "text", "data": data}
+
+
+def test_large_events_are_kept_and_shown_up_to_a_sum_of_bytes(hive: Hive) -> None:
+    size, path = 700_000, "/api/agents/alice"
+    with hive.spawn("alice").agent("alice") as alice:
+        known = alice.ask("hello", harness_version="0", last_event=10**6)["last_event"]
+        too_large = alice.ask("report", events=[an_event(known + 1, hyperhive.EVENT_BYTES)])
+        assert (too_large["code"], too_large["ok"]) == ("too_large", False)
+        newest = known + hyperhive.EVENTS_KEPT_BYTES // size + 10
+        for number in range(known + 1, newest + 1):
+            assert alice.ask("report", events=[an_event(number, size)])["ok"]
+    pages = [hive.api("GET", f"{path}/events?before={newest + 1}&max=1000").body]
+    while pages[-1].get("more"):
+        pages.append(hive.api("GET", f"{path}/events?before={pages[-1]['events'][0]['id']}&max=1000").body)
+    assert all(len(json.dumps(page)) < hyperhive.EVENTS_BYTES + 2 * size for page in pages)
+    kept = [event["id"] for page in reversed(pages) for event in page["events"]]
+    assert kept == list(range(kept[0], newest + 1))
+    room = hyperhive.EVENTS_KEPT_BYTES // size
+    assert room - 3 <= len(kept) <= room + 3  # what came since the last weighing is kept, too
+    answer = hive.api("GET", path).body["events"]
+    assert [event["id"] for event in answer] == kept[-len(answer) :] and len(answer) == len(pages[0]["events"])
+    assert [event["id"] for event in hive.ask(cmd="events", name="alice")["events"]] == kept[-len(answer) :]
+
+
 # ── the stream ──
 
 
@@ -889,6 +917,74 @@ def test_a_stream_that_is_not_read_is_dropped_disturbs_nobody_and_can_come_back(
     with Stream(hive, after=seen) as again:
         while "still there?" not in told_in(again.next()):
             pass
+
+
+def test_what_an_agent_reports_fills_no_memory(hive: Hive) -> None:
+    """Also what nobody asked for, and what is only shown: the stream keeps of it what may be missed, and no more."""
+    assert hive.daemon is not None
+    memory = psutil.Process(hive.daemon.pid).memory_info
+    with hive.spawn("alice").agent("alice") as alice, Stream(hive) as stream, Stream(hive, "?agent=alice") as other:
+        seen, _ = stream.next().id, other.next()
+        assert alice.ask("report", events=[an_event(0, 700_000)])["ok"]
+        before = memory().rss
+        for _ in range(150):
+            assert alice.ask("report", events=[an_event(0, 700_000)])["ok"]
+        assert memory().rss - before < 60 * 1024 * 1024
+        with Stream(hive, after=seen) as again:
+            assert again.next().event == "snapshot"
+        pauses(hive, "alice")
+        while not stream.until("agent")["row"]["paused"]:
+            pass
+
+
+def test_a_stream_that_is_on_its_way_when_the_token_is_rotated_ends(hive: Hive) -> None:
+    with ExitStack() as stack:
+        address = ("127.0.0.1", hive.port)
+        connections = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(60)]
+        request = f"GET /api/stream HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {hive.token}\r\n"
+        for connection in connections:
+            connection.sendall(request.encode() + b"Connection: close\r\n\r\n")
+        hive.ask(cmd="token", rotate=True)
+        for connection in connections:
+            with suppress(ConnectionResetError):
+                while connection.recv(65536):
+                    pass
+
+
+@contextmanager
+def unreadable(hive: Hive) -> Iterator[None]:
+    """Meanwhile nobody can read alice's row."""
+    with closing(sqlite3.connect(hive.state / "hive.sqlite", isolation_level=None)) as database:
+        database.execute("UPDATE agents SET login = '{' WHERE name = 'alice'")
+        yield
+        database.execute("UPDATE agents SET login = NULL WHERE name = 'alice'")
+
+
+def test_a_stream_that_can_not_begin_is_closed(hive: Hive) -> None:
+    hive.spawn("alice")
+    with unreadable(hive):
+        for _ in range(2):
+            hive.api("POST", "/api/messages", {"to": "operator", "body": "no snapshot is as before"})
+            with Stream(hive) as stream:
+                assert stream.ended()
+    with Stream(hive) as stream:
+        assert stream.next().event == "snapshot"
+
+
+def test_a_change_that_could_not_be_told_comes_with_a_snapshot(hive: Hive) -> None:
+    hive.spawn("alice")
+    log_before = hive.log.read_text().count("live streams")
+    with Stream(hive) as stream:
+        seen = stream.next().id
+        with unreadable(hive):
+            hive.ask(cmd="set_paused", name="alice", paused=True)
+            wait_for(lambda: hive.log.read_text().count("live streams") > log_before, "the failure to be logged")
+        hive.api("POST", "/api/messages", {"to": "alice", "body": "wakes the streams"})
+        while (event := stream.next()).event != "snapshot":
+            pass
+        assert [row["paused"] for row in event.data["agents"]] == [True]
+    with Stream(hive, after=seen) as again:
+        assert again.next().event == "snapshot"
 
 
 def told_in(event: Event) -> list[str]:
