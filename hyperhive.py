@@ -1475,10 +1475,14 @@ def last_backup(database: Path) -> str:
 # belongs to the writer thread, but for `_leaving` and `_unreturned`, which is a queue for that reason.
 
 LEASE_BYTES: Final = 256 * 1024  # of bodies in one answer; at least one message
+# A question and its answer come from the system; `from` and `by` say whose words they are.
 PING_PONG_SQL: Final = """
+    WITH pair (one, other) AS (VALUES (?1, ?2), (?2, ?1))
     SELECT count(*) FROM (
-        SELECT id FROM messages WHERE sender = ?1 AND recipient = ?2 AND at >= ?3 AND id > ?4
-        UNION ALL SELECT id FROM messages WHERE sender = ?2 AND recipient = ?1 AND at >= ?3 AND id > ?4 LIMIT ?5)
+        SELECT 1 FROM pair JOIN messages ON sender = one AND recipient = other AND at >= ?3 AND id > ?4
+        UNION ALL SELECT 1 FROM pair JOIN messages ON sender = 'system' AND recipient = other AND at >= ?3 AND id > ?4
+            AND kind IN ('question_asked', 'question_answered')
+            AND one IN (json_extract(data, '$.from'), json_extract(data, '$.by')) LIMIT ?5)
 """
 RESUMED_SQL: Final = """
     SELECT max(at) FROM audit
@@ -1531,7 +1535,7 @@ class Broker:
             raise Refused("not_found", f"message {draft.in_reply_to} is none that you have seen")
         moment = now_ms()  # the copies of one message have one time
         ids = [self._insert(tx, draft, recipient, moment) for recipient in recipients]
-        if draft.sender not in (SYSTEM, OPERATOR) and draft.to not in (OPERATOR, EVERYONE, draft.sender):
+        if draft.sender not in (SYSTEM, OPERATOR):
             self._stop_ping_pong(tx, draft.sender, draft.to)
         return ids
 
@@ -1570,12 +1574,15 @@ class Broker:
                 f"the message has {size} bytes; at most {self.limits.body_bytes} are allowed",
                 "put long text into a file in /shared and send its name",
             )
+        self._check_room(tx, names)
+        return names
+
+    def _check_room(self, tx: Tx, names: list[str]) -> None:
         full = [name for name in names if self.unread(tx, name) >= self.limits.unread]
         if full:
             raise Refused(
                 "inbox_full", f"the inbox of {', '.join(full)} is full ({self.limits.unread} unread)", "try later"
             )
-        return names
 
     def unread(self, tx: Tx, name: str) -> int:
         return int(
@@ -1619,7 +1626,7 @@ class Broker:
 
     def _stop_ping_pong(self, tx: Tx, one: str, other: str) -> None:
         """Two agents that only answer each other burn money for nothing: both are paused."""
-        if not self.limits.ping_pong:
+        if not self.limits.ping_pong or other in (OPERATOR, EVERYONE, one):
             return
         spoke = tx.value("SELECT max(id) FROM messages WHERE sender = ? AND recipient IN (?, ?)", OPERATOR, one, other)
         since, most = now_ms() - self.limits.ping_pong_s * 1000, self.limits.ping_pong
@@ -1892,13 +1899,15 @@ class Broker:
         def work(tx: Tx) -> int:
             if target in (EVERYONE, asker):
                 raise Refused("bad_request", "a question goes to one other agent, or to the operator")
-            if target != OPERATOR and not tx.one("SELECT 1 FROM agents WHERE name = ? AND NOT kept", target):
-                raise Refused("unknown_agent", f"there is no agent {target!r}", "list_agents shows who is there")
+            for name in {asker, target} - {OPERATOR}:
+                self._check_living(tx, name)
             if (
                 tx.value("SELECT count(*) FROM questions WHERE asker = ? AND status = 'open'", asker)
                 >= self.limits.questions
             ):
                 raise Refused("too_many", f"{self.limits.questions} questions are open already", "cancel one first")
+            self._check_room(tx, [target])
+            self._take_allowance(asker)
             number = tx.insert(
                 "questions",
                 asker=asker,
@@ -1922,6 +1931,7 @@ class Broker:
                 options=options or None,
                 multi=multi or None,
             )
+            self._stop_ping_pong(tx, asker, target)
             return number
 
         return self.store.write(work)
@@ -1933,7 +1943,12 @@ class Broker:
             row = self._open_question(tx, number)
             if actor.name not in (row["target"], OPERATOR):
                 raise Refused("forbidden", f"question {number} was put to {row['target']}, not to you")
+            if actor.name != OPERATOR:
+                self._check_room(tx, [row["asker"]])
+                self._take_allowance(actor.name)
             self._settle(tx, actor, row, QuestionStatus.ANSWERED, text)
+            if actor.name != OPERATOR:
+                self._stop_ping_pong(tx, actor.name, row["asker"])
 
         self.store.write(work)
 
@@ -1964,13 +1979,16 @@ class Broker:
             now_ms(),
             number,
         )
-        tx.execute(  # the operator's copy of the question needs no reading any more
+        copies = tx.execute(  # what was asked needs no reading any more
             "UPDATE messages SET state = 'acked', resolved_at = ? WHERE recipient = ? AND state = 'queued'"
-            " AND kind = 'question_asked' AND json_extract(data, '$.question') = ?",
+            " AND kind = 'question_asked' AND json_extract(data, '$.question') = ? RETURNING id",
             now_ms(),
-            OPERATOR,
+            row["target"],
             number,
         )
+        for copy_of_it in copies.fetchall():
+            tx.changed("message", copy_of_it["id"])
+            tx.changed("agent", row["target"])
         tx.audit(actor, f"question_{outcome}", number)
         tx.changed("question", number)
         body = f"Question {number} ({row['question'][:200]}) was {outcome}"
@@ -1979,10 +1997,16 @@ class Broker:
         if not (outcome is QuestionStatus.CANCELLED and actor.name == row["asker"]):
             self.tell(tx, row["asker"], "question_answered", body, **data)
 
+    def _check_living(self, tx: Tx, name: str) -> None:
+        """Also of who asks: a request may outlive its agent by a moment, and a namesake shall hear nothing of it."""
+        if not tx.one("SELECT 1 FROM agents WHERE name = ? AND NOT kept", name):
+            raise Refused("unknown_agent", f"there is no agent {name!r}", "list_agents shows who is there")
+
     # -- reminders and schedules
 
     def remind(self, agent: str, body: str, due_at: int) -> int:
         def work(tx: Tx) -> int:
+            self._check_living(tx, agent)
             if tx.value("SELECT count(*) FROM reminders WHERE agent = ?", agent) >= self.limits.reminders:
                 raise Refused("too_many", f"{self.limits.reminders} reminders are set already", "cancel one first")
             number = tx.insert("reminders", agent=agent, body=body, due_at=due_at)

@@ -244,6 +244,44 @@ def test_an_agents_resume_is_no_word_of_the_operator_whatever_its_name(folder: P
         assert agent_row(hive, "operators")["paused"]
 
 
+def test_questions_are_mail_to_every_limit(folder: Path) -> None:
+    """Those of a sender, those of an inbox, and that of two who only answer each other."""
+    with Hive(folder, limits={"messages_per_minute": 1, "message_burst": 3, "unread": 2}) as hive:
+        hive.spawn("alice", "bob")
+        with hive.agent("alice") as alice, hive.agent("bob") as bob:
+            one, two = (alice.ask("ask", question="And?", to="bob")["id"] for _ in "12")
+            full = alice.ask("ask", question="And?", to="bob")
+            assert full["code"] == "inbox_full" and "bob" in full["error"]
+            assert bob.ask("answer", id=one, text="so")["ok"]
+            send(bob, "alice", "that was all")
+            assert bob.ask("answer", id=two, text="so")["code"] == "inbox_full"
+            empty(alice)
+            send(bob, "alice", "no, one more thing")
+            assert bob.ask("answer", id=two, text="so")["code"] == "too_fast"
+            assert alice.ask("ask", question="And?")["ok"]
+            assert alice.ask("ask", question="And?")["code"] == "too_fast"
+            assert hive.ask(cmd="answer", id=two, text="the operator has no such limit")["ok"]
+
+
+def test_who_only_ask_and_answer_each_other_are_paused(folder: Path) -> None:
+    with Hive(folder, limits={"ping_pong": 4}) as hive:
+        hive.spawn("alice", "bob")
+        with hive.agent("alice") as alice, hive.agent("bob") as bob:
+
+            def exchange(times: int) -> None:
+                for _ in range(times):
+                    number = alice.ask("ask", question="And?", to="bob")["id"]
+                    assert bob.ask("answer", id=number, text="so")["ok"]
+
+            exchange(2)
+            assert hive.ask(cmd="send", to="alice", body="go on")["ok"]
+            exchange(2)
+            assert not agent_row(hive, "alice")["paused"] and not told(hive, "paused")
+            alice.ask("ask", question="And then?", to="bob")
+            assert agent_row(hive, "alice")["paused"] and agent_row(hive, "bob")["paused"]
+            assert told(hive, "paused")[0]["data"]["agents"] == ["alice", "bob"]
+
+
 # ── leasing ──
 
 
@@ -508,6 +546,14 @@ def test_a_question_is_cancelled_by_who_asked_or_by_the_operator(crew: Hive, ali
     assert [question(crew, number)["status"] for number in (mine, theirs)] == ["cancelled", "cancelled"]
     (news,) = lease(alice)  # of what she did herself there is no news
     assert (news["data"]["question"], news["data"]["answer"]) == (theirs, "[cancelled]")
+
+
+def test_a_question_that_is_over_waits_for_nobody(crew: Hive, alice: Line, bob: Line) -> None:
+    cancelled, answered, waits = (alice.ask("ask", question="Hm?", to="bob")["id"] for _ in "123")
+    expires = alice.ask("ask", question="Hm?", to="bob", ttl_s=1)["id"]
+    assert alice.ask("cancel", question=cancelled)["ok"] and bob.ask("answer", id=answered, text="so")["ok"]
+    wait_for(lambda: question(crew, expires)["status"] == "expired", "the question to expire")
+    assert [row["data"]["question"] for row in lease(bob)] == [waits]
 
 
 @pytest.mark.parametrize(
