@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
 import struct
+import termios
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -526,3 +531,69 @@ def test_signing_in_shows_an_address_and_can_be_cancelled(harness: Harness) -> N
     host.control("login_cancel")
     host.wait(lambda: host.states[-1]["login"]["phase"] == "failed", "the end")
     assert host.states[-1]["state"] == "idle"
+
+
+# ── a person at the keyboard ──
+
+
+class Terminal:
+    """A command at a terminal, and what has been written on it so far, without its colours and jumps."""
+
+    def __init__(self, argv: list[str], env: dict[str, str]) -> None:
+        self.written = b""
+        self.pid, self.file = pty.fork()
+        if self.pid == 0:
+            os.execvpe(argv[0], argv, {**env, "TERM": "xterm-256color"})
+        fcntl.ioctl(self.file, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                self.written += os.read(self.file, 65536)
+            except OSError:  # its other end is closed
+                return
+
+    def shows(self, text: str) -> None:
+        wait_for(lambda: text in self.words(), f"{text!r} on the terminal")
+
+    def words(self) -> str:
+        return re.sub(r"\s+", " ", re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b" ", self.written).decode(errors="replace"))
+
+    def type(self, text: str) -> None:
+        self.written = b""
+        os.write(self.file, text.encode())
+        self.shows(text.split()[-1])
+        os.write(self.file, b"\r")
+
+    def ended(self) -> bool:
+        return os.waitpid(self.pid, os.WNOHANG)[0] != 0
+
+
+def test_a_person_takes_the_session_over_at_a_terminal(folder: Path, api: Api) -> None:
+    harness = Harness(folder, claude=str(CLAUDE))
+    trusted = {"hasTrustDialogAccepted": True, "hasCompletedProjectOnboarding": True}
+    asked_the_first_time = {"hasCompletedOnboarding": True, "theme": "dark", "bypassPermissionsModeAccepted": True}
+    known = {"customApiKeyResponses": {"approved": ["dummy"]}, "projects": {str(harness.state): trusted}}
+    (folder / "claude").mkdir()
+    (folder / "claude/.claude.json").write_text(json.dumps(asked_the_first_time | known))
+    with harness:
+        host = harness.host
+        host.wait_acked(host.put("the first word"))
+        host.control("attach")
+        host.wait(lambda: host.states[-1].get("attached"), "the loop to be held")
+        terminal = Terminal([*HARNESS, "attach"], harness.env)
+        try:
+            terminal.shows("the first word")
+            terminal.shows("bypass permissions on")
+            terminal.type("typed by a person")
+            wait_for(lambda: "typed by a person" in api.said() and "> the first word" in api.said(), "it to be heard")
+            terminal.shows("There was no script.")
+            waiting = host.put("after it")
+            terminal.type("/exit")
+            wait_for(terminal.ended, "the command to end")
+        finally:
+            os.close(terminal.file)
+        host.control("detach")
+        host.wait_acked(waiting)
+        assert all(words in api.said() for words in ("> the first word", "typed by a person", "> after it"))
