@@ -139,7 +139,11 @@ class Config:
     domains: tuple[str, ...] = ()
     containers: str = "nixos"
     conf_dir: Path = Path("/etc/nixos-containers")
-    profiles_dir: Path = Path("/nix/var/nix/profiles/per-container")
+    container_dirs: tuple[str, ...] = (  # in which containers can write
+        "/var/lib/nixos-containers",
+        "/nix/var/nix/profiles/per-container",
+        "/nix/var/nix/gcroots/per-container",
+    )
     unit_dir: Path = Path("/run/systemd/system")
     private_users: str = "pick"
     memory_max: str = "4G"
@@ -204,6 +208,9 @@ class Config:
 
     def deploy_dir(self, name: str) -> Path:
         return self.state_dir / "deploy" / name
+
+    def system_dir(self, name: str) -> Path:
+        return self.state_dir / "systems" / name
 
     @property
     def source_dir(self) -> Path:
@@ -895,14 +902,24 @@ class Excerpt:
 
 
 def run_aloud(
-    argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, say: Say, timeout_s: float, stop: threading.Event
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    cwd: Path,
+    say: Say,
+    timeout_s: float,
+    stop: threading.Event,
+    within: Sequence[str] = (),
 ) -> None:
-    """Run what takes long and talks: its output goes to `say` line by line. `stop` ends it early."""
+    """Run what takes long and talks: its output goes to `say` line by line. `stop` ends it early.
+
+    `within` are the words of a command that runs this one; nobody wants to read them.
+    """
     shown = shlex.join(argv)
     excerpt = Excerpt(say)
     say([f"$ {shown}"])
     child = popen(
-        argv,
+        [*within, *argv],
         env=dict(env),
         cwd=cwd,
         stdin=subprocess.DEVNULL,
@@ -913,7 +930,7 @@ def run_aloud(
     try:
         _follow(child, excerpt, time.monotonic() + timeout_s, stop)
         if child.poll() is None:
-            why = "the daemon stops" if stop.is_set() else f"it did not end within {timeout_s:g} s"
+            why = "it was called off" if stop.is_set() else f"it did not end within {timeout_s:g} s"
             raise Refused("internal", f"{shown} was ended: {why}")
     finally:
         end_process(child)
@@ -947,13 +964,16 @@ def start_time_of(pid: int) -> int | None:
     return None if fields[0] == "Z" else int(fields[19])
 
 
+ENVIRON_MAX: Final = 2 * 1024 * 1024  # more no program is started with; but a process can make it terabytes
+
+
 def processes_with(marker: str) -> list[int]:
     """Processes whose environment holds `marker` (KEY=value), as far as we may look."""
-    wanted, found = marker.encode(), []
+    wanted, found = f"\0{marker}\0".encode(), []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+            with contextlib.suppress(OSError), (entry / "environ").open("rb") as file:
+                if wanted in b"\0" + file.read(ENVIRON_MAX) + b"\0":
                     found.append(int(entry.name))
     return found
 
@@ -3402,6 +3422,7 @@ class NixosContainers:
     COMMAND_S: Final = 150.0  # systemd gives a container one minute to start and one and a half to stop
     LOOK_S: Final = 10.0
     FRESH_S: Final = 1.0  # how long one look at the states serves
+    PROGRAMS: Final = ("nixos-container", "nix", "systemctl", "journalctl", "unshare", "mount")
     UNPINNED: Final = ("agent", "hyperhive")  # inputs that are always those of the deploy itself
     PASSED: Final = (
         "HOME",
@@ -3424,7 +3445,7 @@ class NixosContainers:
         self._lock = threading.Lock()
         self._changes = 0  # of ours: a look that began before one is worth nothing after it
         self._seen: tuple[float, dict[str, ContainerState]] = (0.0, {})
-        missing = [name for name in ("nixos-container", "nix", "systemctl", "journalctl") if not shutil.which(name)]
+        missing = [name for name in self.PROGRAMS if not shutil.which(name)]
         if missing:
             raise Refused(
                 "usage",
@@ -3477,9 +3498,29 @@ class NixosContainers:
         finally:
             self._forget_states()
 
-    def _build(self, name: str, say: Say, *argv: str) -> None:
+    def _build(self, name: str, say: Say, *argv: str, within: Sequence[str] = ()) -> None:
         folder, limit = self._folder(name), self._config.build_timeout_s
-        run_aloud(argv, env=self._marked(folder), cwd=folder, say=say, timeout_s=limit, stop=self._ending)
+        env = self._marked(folder)
+        run_aloud(argv, env=env, cwd=folder, say=say, timeout_s=limit, stop=self._ending, within=within)
+
+    def _seeing(self, folder: Path, *others: Path) -> list[str]:
+        """Words before a command that runs in this folder: of the hive's files it sees these folders alone.
+
+        Nix opens any repository that a config names, and git runs what its settings say: none may be in sight that
+        an agent can write. Nor other secrets of the hive, of which an error would tell a hash, and that the rest.
+        Processes are hidden, too: each shows the files as it sees them itself (/proc/PID/root).
+        """
+        state, stage = self._config.state_dir, self._config.state_dir / "agents"
+        lines = [f"mkdir -p {stage}", f"mount -t tmpfs none {stage}"]
+        for path in (folder, *others):
+            place = stage / path.relative_to(state)
+            lines += [f"mkdir -p {place}", f"mount --bind {path} {place}"]
+        lines += [f"mount --move {stage} {state}"]
+        for hidden in map(shlex.quote, (str(self._config.runtime_dir), *self._config.container_dirs)):
+            lines += [f"[ ! -d {hidden} ] || mount -t tmpfs none {hidden}"]
+        lines += [f"cd {folder}", 'exec "$@"']  # the folder that it began in has the old ones above it
+        alone = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        return [*alone, "sh", "-euc", "\n".join(lines), "sh"]
 
     def _ask(self, *argv: str) -> str:
         env = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C.UTF-8"}
@@ -3572,10 +3613,22 @@ class NixosContainers:
         else:
             lock.unlink(missing_ok=True)
         write_atomically(folder / "flake.nix", deploy_flake(self._config, name, sha))
+        systems = self._config.system_dir(name)
+        systems.mkdir(mode=0o700, parents=True, exist_ok=True)
+        seeing = self._seeing(folder, self._config.repository(name), systems)
         if update:
-            self._build(name, say, "nix", "flake", "update")
-        self._build(name, say, "nix", "build", "--no-link", "--print-build-logs", f"{folder}#{TOPLEVEL}")
+            self._build(name, say, "nix", "flake", "update", within=seeing)
+        build = ("nix", "build", "--print-build-logs", "--out-link", str(self._built(name)))
+        self._build(name, say, *build, f"{folder}#{TOPLEVEL}", within=seeing)
         return self._pins(lock)
+
+    def _built(self, name: str) -> Path:
+        """A link to what was built last. Not beside the flake, which would be another one with it, evaluated anew."""
+        return self._config.system_dir(name) / "built"
+
+    def _switched(self, name: str) -> Path:
+        """A link to what it was switched to last. In its profile, which it can write, it may say anything."""
+        return self._config.system_dir(name) / "switched"
 
     def _pins(self, lock: Path) -> str:
         """What was built with, but for the inputs that change with each deploy: Nix locks those anew."""
@@ -3600,7 +3653,7 @@ class NixosContainers:
         self._try(trial, say, stop, "nix", "eval", "--show-trace", "--raw", f"{trial.folder}#{TOPLEVEL}.drvPath")
 
     def try_build(self, trial: Trial, say: Say, stop: threading.Event) -> list[str]:
-        result, runs = trial.folder / "result", self._config.profiles_dir / f"h-{trial.name}" / "system"
+        result, runs = trial.folder / "result", self._switched(trial.name)
         # The builder may be the Nix daemon's child, which our niceness does not reach.
         modest = ("--max-jobs", "1", "--cores", "1")
         build = ("nix", "build", "--print-build-logs", *modest, "--out-link", str(result))
@@ -3612,8 +3665,9 @@ class NixosContainers:
 
     def _try(self, trial: Trial, say: Say, stop: threading.Event, *argv: str) -> None:
         """At the lowest priority: nobody waits for this as for a deploy. One at a time, so that one mark will do."""
-        argv, env = ("nice", "-n", "19", *argv), self._marked(self._config.scratch_dir)
-        run_aloud(argv, env=env, cwd=trial.folder, say=say, timeout_s=trial.left_s, stop=stop)
+        env, within = self._marked(self._config.scratch_dir), self._seeing(trial.folder, trial.repository)
+        within += ["nice", "-n", "19"]
+        run_aloud(argv, env=env, cwd=trial.folder, say=say, timeout_s=trial.left_s, stop=stop, within=within)
 
     def end_builds(self) -> None:
         self._ending.set()
@@ -3633,6 +3687,8 @@ class NixosContainers:
         finally:
             (self._folder(name) / ".tmp").unlink(missing_ok=True)
         self.rewrite_conf(name)
+        switched, system = self._switched(name), self._built(name).resolve()
+        self._build(name, say, "nix", "build", "--out-link", str(switched), str(system))
 
     def _create(self, name: str, flake: str, say: Say) -> None:
         if self._conf(name) is not None:
@@ -3668,6 +3724,7 @@ class NixosContainers:
         elif self._conf(name) is not None:
             log.warning("h-%s was not made by this hive: it is left as it is", name)
         remove_tree(self._config.deploy_dir(name))
+        remove_tree(self._config.system_dir(name))
         if self._drop_in(name).exists():
             remove_tree(self._drop_in(name).parent)
             self._ask("systemctl", "daemon-reload")

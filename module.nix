@@ -219,12 +219,15 @@ let
           "AF_INET6"
           "AF_NETLINK"
         ];
-        RestrictNamespaces = true;
+        RestrictNamespaces = "mnt pid"; # what evaluates a config sees neither agents' folders nor processes
         RestrictRealtime = true;
         RestrictSUIDSGID = true;
         SystemCallArchitectures = "native";
         SystemCallErrorNumber = "EPERM";
-        SystemCallFilter = "@system-service";
+        SystemCallFilter = [
+          "@system-service"
+          "@mount"
+        ];
         # Can't be had:
         #   User, CapabilityBoundingSet     nixos-container writes conf files and profiles, and starts units, as root;
         #                                   who may do that has every capability by way of a unit

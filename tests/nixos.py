@@ -38,7 +38,10 @@ class NixosHive(Hive):
             **{
                 "conf_dir": str(self.etc),
                 "unit_dir": str(self.nixos / "run"),
-                "profiles_dir": str(self.nixos / "nix/state/profiles/per-container"),
+                "container_dirs": [
+                    str(self.nixos / place)
+                    for place in ("var", "nix/state/profiles/per-container", "nix/state/gcroots/per-container")
+                ],
                 "source": str(self.source),
                 "nixpkgs": str(self.nixos / "nixpkgs"),
                 "nixpkgs_unstable": f"path:{self.nixos / 'nixpkgs'}",

@@ -235,6 +235,39 @@ def test_a_grandchild_that_holds_the_pipe_is_not_waited_for(folder: Path) -> Non
     end(processes_of(folder))
 
 
+BOASTER = """
+import ctypes, mmap, signal, struct
+size = 1 << 28
+room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+stat = [0, 0, 0, *open("/proc/self/stat").read().rpartition(")")[2].split()]
+known = [int(stat[number]) for number in (26, 27, 45, 46, 47, 47, 28, 48, 49)]
+wanted = struct.pack("=12QIi", *known, start, start + size, 0, 0, -1)
+assert ctypes.CDLL(None).prctl(35, 14, wanted, len(wanted), 0) == 0  # PR_SET_MM, PR_SET_MM_MAP
+print("ready", flush=True)
+signal.pause()
+"""
+SEARCH = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
+import harness, hyperhive
+print(hyperhive.processes_with("NOBODY=has this"), harness.sweep_orphans("nobody's"))
+"""
+
+
+def test_an_environment_of_any_size_harms_nobody_who_looks(folder: Path) -> None:
+    """Every process, in a container, too, may say that a quarter of a gigabyte of zeros is its environment."""
+    boaster = subprocess.Popen([sys.executable, "-c", BOASTER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert boaster.stdout and boaster.stdout.readline() == "ready\n"
+        command = [sys.executable, "-c", SEARCH]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert found.stdout == "[] 0\n", found.stderr
+    finally:
+        boaster.kill()
+        boaster.communicate()
+
+
 # ── in real containers ──
 
 

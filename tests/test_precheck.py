@@ -133,6 +133,19 @@ def test_a_build_that_hangs_is_ended(folder: Path) -> None:
         wait_for(lambda: not builders(), "the end of the build")
 
 
+def test_what_an_agent_says_that_it_runs_is_not_believed(hive: NixosHive) -> None:
+    """Its profile is bound into its container, writable: as if it had run nothing, or what is proposed already."""
+    deploy = hive.change("alice", "{ }\n# what it runs\n")
+    assert deploy["phase"] == "deployed", deploy
+    profile = hive.nixos / "nix/state/profiles/per-container/h-alice/system"
+    before = profile.readlink()
+    profile.unlink()
+    asked = hive.propose("alice", BIG)
+    assert [package["name"] for package in verdict(hive, asked)["packages"]] == ["nixos-system"], log(hive, asked)
+    profile.symlink_to(before)
+    deny(hive, asked)
+
+
 def test_which_packages_change_and_by_how_much(hive: NixosHive) -> None:
     asked = hive.propose("alice", BIG)
     (package,) = verdict(hive, asked)["packages"]
@@ -167,6 +180,48 @@ def test_nothing_is_built_while_it_is_evaluated(hive: NixosHive) -> None:
     found = verdict(hive, asked)
     assert found["state"] == "failed" and "evaluates" not in found
     assert "allow-import-from-derivation" in log(hive, asked) and "building" not in log(hive, asked)
+    deny(hive, asked)
+
+
+@pytest.fixture(scope="module")
+def trap(hive: NixosHive) -> tuple[Path, str]:
+    """A repository in the manager's own folder whose settings run a command for who uses it; and its commit."""
+    folder = hive.state / "agents/manager/state/trap"
+    folder.mkdir()
+    (folder / ".gitattributes").write_text("* filter=x\n")
+    (folder / "host.nix").write_text('"read-by-the-host"\n')
+
+    def git(*words: str) -> str:
+        return hive.program("git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@x", *words)
+
+    git("init", "--quiet")
+    git("add", "--all")
+    git("commit", "--quiet", "--message=trap")
+    git("config", "filter.x.smudge", f"touch {folder}/ran; cat")
+    git("config", "uploadpack.packObjectsHook", f"touch {folder}/ran; exec")
+    return folder, git("rev-parse", "HEAD").strip()
+
+
+@pytest.mark.parametrize("way", ["", "file://", "/proc/1/root"])
+def test_what_an_agent_can_write_is_not_in_sight(hive: NixosHive, trap: tuple[Path, str], way: str) -> None:
+    """Pure as it is, an evaluation may fetch from a repository on this machine, and git does what that one says."""
+    folder, commit = trap
+    fetched = f'builtins.fetchGit {{ url = "{way}{folder}"; rev = "{commit}"; allRefs = true; }}'
+    asked = hive.propose("alice", f'{{ networking.hostName = import "${{{fetched}}}/host.nix"; }}\n')
+    found = verdict(hive, asked)
+    assert found["state"] == "failed" and "evaluates" not in found, log(hive, asked)
+    assert "read-by-the-host" not in log(hive, asked) and not (folder / "ran").exists()
+    deploy = hive.approve(asked)
+    assert deploy["phase"] == "failed" and not (folder / "ran").exists(), "nor when it is approved"
+
+
+def test_no_error_tells_the_hash_of_a_secret(hive: NixosHive) -> None:
+    """With it, the next config could read the file."""
+    wrong = f"sha256-{'A' * 43}="
+    file = f'builtins.fetchTree {{ type = "path"; path = "{hive.state}/operator.token"; narHash = "{wrong}"; }}'
+    asked = hive.propose("alice", f"{{ networking.hostName = builtins.readFile ({file}); }}\n")
+    assert verdict(hive, asked)["state"] == "failed"
+    assert "operator.token" in log(hive, asked) and "mismatch" not in log(hive, asked)
     deny(hive, asked)
 
 
