@@ -74,6 +74,7 @@ from typing import IO, Any, Final, Literal, NamedTuple, NoReturn, Protocol, Type
 # Every path and every limit comes from `Config`: tests and `demo` run beside a real hive.
 
 VERSION: Final = "0.1.0"
+COMMAND: Final = "hyperhive" if globals()["__spec__"] else "hyperhive.py"  # as a module where Nix installed it
 PROTOCOL: Final = 1
 HERE: Final = Path(__file__).resolve().parent
 
@@ -87,6 +88,8 @@ NAME_MAX: Final = 9  # `nixos-container create` refuses more than 11 characters,
 SOCKET_PATH_MAX: Final = 107  # sun_path without its final NUL
 BIND_TRIES: Final = 12  # after the first: 0.5 + 1 + 10 × 2 s, about 22 s
 BIND_WAIT_MAX_S: Final = 2.0
+PUBLIC_URL: Final = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::\d{1,5})?/?", re.ASCII)
+CONTAINER_KINDS: Final = ("nixos", "process")
 TICK_S: Final = 0.25
 EVENTS_KEPT: Final = 2000  # of each agent, for the dashboard
 EVENTS_KEPT_BYTES: Final = 32 * 1024 * 1024
@@ -137,6 +140,7 @@ class Config:
     listen_address: str = "127.0.0.1"
     port: int = 7000
     domains: tuple[str, ...] = ()
+    public_url: str = ""  # where a reverse proxy serves the dashboard
     containers: str = "nixos"
     conf_dir: Path = Path("/etc/nixos-containers")
     container_dirs: tuple[str, ...] = (  # in which containers can write
@@ -236,11 +240,19 @@ class Config:
 
     @property
     def home_url(self) -> str:
-        return f"http://{self.page_host}:{self.port}/"
+        address = self.public_url or f"http://{self.page_host}:{self.port}"
+        return address.rstrip("/") + "/"
+
+    def page_url(self, name: str) -> str:
+        """An agent's page: behind a proxy it has the dashboard's scheme and name, and its own port as always."""
+        scheme = self.public_url.partition("://")[0] or "http"
+        return f"{scheme}://{self.page_host}:{self.port_of(name)}/"
 
     @property
     def page_host(self) -> str:
         """The name under which a person reaches this machine's pages."""
+        if public := PUBLIC_URL.fullmatch(self.public_url):
+            return public[1]
         if self.domains:
             return self.domains[0]
         if self.listen_address in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
@@ -678,12 +690,15 @@ def load_config(file: str | None, **overrides: Any) -> Config:
     table |= {key: value for key, value in overrides.items() if value is not None}
     limits = _typed(Limits, table.pop("limits", {}), "[limits] ")
     config = _typed(Config, table | {"limits": limits}, "")
-    if config.containers not in ("nixos", "process"):
+    if config.containers not in CONTAINER_KINDS:
         raise Refused("usage", f"containers = {config.containers!r} is not known", 'there are "nixos" and "process"')
     if not words_of(config.claude):
         raise Refused("usage", f"claude = {config.claude!r} is no command")
     if config.notify_url and not config.notify_url.startswith(("https://", "http://")):
         raise Refused("usage", f"notify_url = {config.notify_url!r} is no http address")
+    if config.public_url and not PUBLIC_URL.fullmatch(config.public_url):
+        hint = "say https://NAME or https://NAME:PORT; the dashboard is served at /, not below a path"
+        raise Refused("usage", f"public_url = {config.public_url!r} is no address of a dashboard", hint)
     if config.precheck not in ("build", "eval", "off"):
         raise Refused("usage", f"precheck = {config.precheck!r} is not known", 'use "build", "eval" or "off"')
     if config.notify_format not in ("ntfy", "json"):
@@ -998,28 +1013,34 @@ def port_holder(port: int) -> str:
 
 def listen_on(address: str, port: int, cancelled: threading.Event) -> socket.socket:
     """A listening TCP socket. A port in use is tried again for about 22 s: a predecessor may be leaving."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     wait_s = 0.5
     for attempt in range(BIND_TRIES + 1):
-        server = socket.socket(family, socket.SOCK_STREAM)
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            server.bind((address, port))
-            server.listen(128)
+        server = listen_if_free(address, port)
+        if server is not None:
             return server
-        except OSError as error:
-            server.close()
-            if error.errno != errno.EADDRINUSE:
-                raise Refused("usage", f"can't listen on {address}, port {port}: {error.strerror}") from None
-        except OverflowError:
-            server.close()
-            raise Refused("usage", f"there is no port {port}", "ports go from 1 to 65535") from None
         if attempt < BIND_TRIES:
             log.warning("port %d is in use%s; trying again in %g s", port, port_holder(port), wait_s)
             if cancelled.wait(wait_s):
                 break
             wait_s = min(wait_s * 2, BIND_WAIT_MAX_S)
     raise Refused("conflict", f"port {port} is in use{port_holder(port)}", "end that process, or choose another port")
+
+
+def listen_if_free(address: str, port: int) -> socket.socket | None:
+    server = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        server.bind((address, port))
+        server.listen(128)
+        return server
+    except OSError as error:
+        server.close()
+        if error.errno != errno.EADDRINUSE:
+            raise Refused("usage", f"can't listen on {address}, port {port}: {error.strerror}") from None
+        return None
+    except OverflowError:
+        server.close()
+        raise Refused("usage", f"there is no port {port}", "ports go from 1 to 65535") from None
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
@@ -1474,8 +1495,18 @@ def _unusable(path: Path, error: OSError | sqlite3.Error) -> Refused:
     if isinstance(error, OSError) or not damaged:
         return Refused("storage", f"{path} can't be used: {error}", "is the disk full, or the file another user's?")
     backup = last_backup(path)
-    remedy = f"stop the daemon and run `hyperhive.py restore {backup or 'FILE'}`"
+    remedy = f"stop the daemon and run `{COMMAND} restore {backup or 'FILE'}`"
     return Refused("storage", f"{path} is damaged: {error}", remedy + ("" if backup else " (no backup is on record)"))
+
+
+def copy_database(source: Path, target: Path) -> None:
+    """With what lies in the `-wal` beside the source: there is one where its daemon was killed."""
+    target.touch(mode=0o600)
+    with (
+        contextlib.closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)) as connection,
+        contextlib.closing(sqlite3.connect(target)) as copied,
+    ):
+        connection.backup(copied)
 
 
 def last_backup(database: Path) -> str:
@@ -3836,7 +3867,7 @@ class Agents:
             token = (self._config.agent_runtime(name) / "ui-token").read_text()
         except OSError:
             token = ""
-        return f"http://{self._config.page_host}:{self._config.port_of(name)}/" + (f"#token={token}" if token else "")
+        return self._config.page_url(name) + (f"#token={token}" if token else "")
 
     def living(self, name: str) -> sqlite3.Row:
         return self.known(name, kept=False)
@@ -5466,14 +5497,16 @@ class Notifier:
         if self._thread.is_alive():
             self._thread.join(NOTIFY_TIMEOUT_S + 1)
 
-    def send(self, text: str, link: str, count: int) -> None:
+    def test(self) -> None:
+        self._send("hyperhive: a test", "This is a test: notifications reach you.", self._config.home_url, 0)
+
+    def _send(self, title: str, text: str, link: str, count: int) -> None:
         """One notification, once; `Refused` says why it could not be delivered."""
-        import urllib.error  # only who notifies pays for it
+        import http.client  # only who notifies pays for it
         import urllib.request
 
         if not self._config.notify_url:
             raise Refused("unsupported", "no notify_url is set", "set notify_url to an ntfy topic or a webhook")
-        title = f"hyperhive: {count} wait for you" if count != 1 else "hyperhive: one thing waits for you"
         if self._config.notify_format == "ntfy":
             data = text.encode()
             headers = {"Title": title, "Click": link, "Content-Type": "text/plain; charset=utf-8"}
@@ -5485,8 +5518,9 @@ class Notifier:
         try:
             with urllib.request.urlopen(request, timeout=NOTIFY_TIMEOUT_S):  # noqa: S310
                 pass
-        except (OSError, ValueError) as error:  # urllib's own errors are OSErrors
-            raise Refused("unreachable", f"the notification was not delivered: {error}") from None
+        except (OSError, ValueError, http.client.HTTPException) as error:  # a URLError is an OSError
+            words = str(error).strip() or type(error).__name__
+            raise Refused("unreachable", f"the notification was not delivered: {words}") from None
 
     def link_to(self, row: Json) -> str:
         """The very thing in the dashboard. It holds no token: the browser has that."""
@@ -5500,18 +5534,20 @@ class Notifier:
             self._changed.clear()
             try:
                 rows = self._views.attention()
-                fresh = [row for row in rows if row["key"] not in self._seen]
-                self._seen = {row["key"] for row in rows}
-                for row in fresh:
-                    self._send_again(row, len(rows))
+                self._seen &= {row["key"] for row in rows}
+                for row in rows:
+                    if row["key"] not in self._seen:
+                        self._seen.add(row["key"])
+                        self._tell(row, len(rows))
             except Exception:
                 log.exception("notifications")
             self._closed.wait(1.0)  # what comes together is told together
 
-    def _send_again(self, row: Json, count: int) -> None:
+    def _tell(self, row: Json, count: int) -> None:
+        title = f"hyperhive: {count} wait for you" if count != 1 else "hyperhive: one thing waits for you"
         for attempt in range(NOTIFY_TRIES):
             try:
-                return self.send(row["text"], self.link_to(row), count)
+                return self._send(title, row["text"], self.link_to(row), count)
             except Refused as error:
                 log.warning("%s", error)
             if self._closed.wait(2.0**attempt):
@@ -5558,7 +5594,7 @@ class Notifier:
 #
 # host.sock (unknown keys are ignored; desktop clients speak it):
 #   list → agents · agent_status → agent_statuses · subscribe_agent_status → the same, then each changed row
-#   urls → urls {domain, home} · pending → approvals, questions · show {id} → approval
+#   urls → urls {domain, home} · pending → approvals, questions, attention · show {id} → approval
 #   approve, deny {id, note?} · set_paused {name, paused} · pause_all {paused?} · start, stop {scope, graceful?}
 #   restart, kill, rebuild, rollback, spawn, request_spawn {name} · destroy {name, purge?}
 #   send {to, body, in_reply_to?, client_id?} → id · inbox {max?, unread?, mark_read?} → messages · answer {id, text}
@@ -6480,9 +6516,12 @@ class HostConnection(Connection):
         return {"urls": {"domain": self._s.config.page_host, "home": self._s.config.home_url}}
 
     def pending(self, f: Fields) -> Json:
+        """What the operator decides and answers, and all that the dashboard counts: those, and every trouble."""
         self._s.approvals.fail_orphans()
-        questions = self._s.views.questions(status=QuestionStatus.OPEN, who=OPERATOR)[::-1]
-        return {"approvals": self._s.views.approvals(Status.PENDING)[::-1], "questions": questions}
+        views = self._s.views
+        questions = views.questions(status=QuestionStatus.OPEN, who=OPERATOR)[::-1]
+        waiting = {"approvals": views.approvals(Status.PENDING)[::-1], "questions": questions}
+        return waiting | {"attention": views.attention()}
 
     def show(self, f: Fields) -> Json:
         return {"approval": self._s.views.approval(f.integer("id"), diff=True)}
@@ -6749,9 +6788,7 @@ class Gate:
             return
         if header:
             self._count_wrong(address)
-        raise Refused(
-            "unauthorized", "this needs the operator's token", "`hyperhive.py url` prints a link that holds it"
-        )
+        raise Refused("unauthorized", "this needs the operator's token", f"`{COMMAND} url` prints a link that holds it")
 
     def _count_wrong(self, address: str) -> None:
         moment = time.monotonic()
@@ -7255,7 +7292,7 @@ class Routes:
 
     def test_notification(self) -> Json:
         self._body().done()
-        self._s.notifier.send("This is a test: notifications reach you.", self._s.config.home_url, 0)
+        self._s.notifier.test()
         return {}
 
 
@@ -7375,6 +7412,9 @@ class Dashboard:
 # ──────────────────────────────────────────────────────────────────────────────
 
 
+PACKAGES: Final = ("bottle", "waitress")  # all that is needed beside the standard library
+
+
 class Systemd:
     """Tells the service manager how we are, see sd_notify(3). Silent where nobody listens."""
 
@@ -7404,6 +7444,20 @@ class Systemd:
             self.tell(WATCHDOG=1)
 
 
+def check_packages() -> None:
+    """Before anything is made."""
+    missing = [module for module in PACKAGES if not importlib_has(module)]
+    if missing:
+        words = " and no ".join(missing)
+        raise Refused("unsupported", f"this Python has no {words}", f"pip install {' '.join(missing)}")
+
+
+def importlib_has(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
 class Daemon:
     """Puts the rooms together, keeps time, and takes them apart again in order."""
 
@@ -7415,8 +7469,8 @@ class Daemon:
 
     def run(self, on_ready: Callable[[Services], None] = lambda services: None) -> None:
         """Serve until SIGINT or SIGTERM. `on_ready` is called once, when everything answers."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self._stop.set())
+        check_packages()
+        self._hear_signals()
         with self._closers:
             services = self._begin()
             if services is not None:
@@ -7426,6 +7480,18 @@ class Daemon:
                 self._keep_time(services)
                 log.info("stopping")
                 self._systemd.tell(STOPPING=1, STATUS="stopping")
+
+    def _hear_signals(self) -> None:
+        """A handler interrupts the main thread anywhere, also inside `Event.wait`, whose lock `set` would wait for."""
+        signals: queue.SimpleQueue[int] = queue.SimpleQueue()  # its `put` may be interrupted by another
+
+        def stop() -> None:
+            signals.get()
+            self._stop.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: signals.put(number))
+        threading.Thread(target=stop, name="signals", daemon=True).start()
 
     def _begin(self) -> Services | None:
         """None when a signal came while we waited for the port."""
@@ -7600,22 +7666,28 @@ def only_daemon(config: Config) -> Iterator[None]:
 # ──────────────────────────────────────────────────────────────────────────────
 # Command line
 # ──────────────────────────────────────────────────────────────────────────────
-# All verbs but serve, demo, restore and doctor are one request at `host.sock`. Standard library alone, so
-# that `list` answers at once. What agents wrote is shown with its control characters made visible.
+# A client of `host.sock`, as any other. Only serve and demo run a daemon, restore wants none, and doctor
+# looks at this machine as well. Standard library alone, so that `list` answers at once. What agents wrote
+# is shown with its control characters made visible.
 
 DEMO_DIR: Final = "hyperhive-demo"
+DEMO_ID: Final = "demo"
 DEMO_REQUEST: Final = (
     "Please get me somebody who writes short reports about this place: an agent called alice."
     " Let her ask me what the first one shall be about."
 )
-ASK_TIMEOUT_S: Final = 60.0
+DOCTOR_PATIENCE_S: Final = 10.0
+CLOCK_IS_NOT_KEPT: Final = 5  # TIME_ERROR of <sys/timex.h>
 
 
-def ask_daemon(config: Config, **request: Any) -> Json:
-    """One request at `host.sock`; `Refused` when the daemon says no, or is not there."""
+def ask_daemon(config: Config, timeout_s: float | None = None, **request: Any) -> Json:
+    """One request at `host.sock`; `Refused` when the daemon says no, or is not there.
+
+    It may take minutes, where containers start and stop. Whoever waits at a terminal has Ctrl-C.
+    """
     with dial(config) as sock:
-        sock.settimeout(ASK_TIMEOUT_S)
-        return ask_on(sock, config, **request)
+        sock.settimeout(timeout_s)
+        return ask_on(sock, **request)
 
 
 def dial(config: Config) -> socket.socket:
@@ -7628,18 +7700,23 @@ def dial(config: Config) -> socket.socket:
     return sock
 
 
-def ask_on(sock: socket.socket, config: Config, **request: Any) -> Json:
+def ask_on(sock: socket.socket, **request: Any) -> Json:
     try:
         question = encode_line(without_none(**request))
     except UnicodeEncodeError:
         raise Refused("usage", "an argument is no UTF-8") from None
     try:
-        sock.sendall(question)
-        line = LineReader(sock, 64 * 1024 * 1024).read()
-    except OSError as error:
-        raise _no_answer(config, error) from None
-    if line is None:
-        raise Refused("internal", "the daemon hung up without an answer")
+        with contextlib.suppress(ConnectionError):  # what is too long is refused before all of it was read
+            sock.sendall(question)
+        with sock.makefile("rb") as answers:
+            line = answers.readline()
+    except TimeoutError:
+        raise Refused("unreachable", f"the daemon did not answer within {sock.gettimeout():g} s") from None
+    except OSError:
+        line = b""
+    if not line.endswith(b"\n"):
+        hint = "its log says why; what was asked for may have happened, or not"
+        raise Refused("unreachable", "the daemon went away before it answered", hint)
     answer = parse_object(line, "the daemon's answer")
     if not answer.get("ok"):
         raise Refused(
@@ -7655,7 +7732,7 @@ def _no_answer(config: Config, error: OSError) -> Refused:
     return Refused(
         "not_found",
         f"no hive answers at {config.host_socket}: {error.strerror or error}",
-        "start it with `hyperhive.py serve`, or say where it is with --dir",
+        f"start it with `{COMMAND} serve` (a service: `systemctl start hyperhive`), or say where it is with --dir",
     )
 
 
@@ -7753,15 +7830,18 @@ def cli_demo(cli: Cli) -> None:
 
     def ready(services: Services) -> None:
         link = f"{config.home_url}#token={services.token.value}"
-        services.broker.send(Draft(OPERATOR, MANAGER, DEMO_REQUEST, client_id="demo"))
-        here = (
-            f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'hyperhive.py'))} --dir {shlex.quote(cli.args.dir)}"
-        )
+        asked = services.store.row("SELECT 1 FROM messages WHERE client_id = ?", DEMO_ID)
+        services.broker.send(Draft(OPERATOR, MANAGER, DEMO_REQUEST, client_id=DEMO_ID))
+        here = shlex.join([sys.executable, str(HERE / "hyperhive.py"), "--dir", cli.args.dir])
         if rehearsal:
             print("A rehearsal: a scripted stand-in plays Claude. No account, no network, nothing reaches a model.")
         print(f"\n  {link}\n")
-        print("Soon the manager asks to spawn alice. Look at the request, and decide:")
-        print(f"  {here} pending\n  {here} approve 1\nCtrl-C ends it.", flush=True)
+        if asked:
+            print(f"It goes on where it was. What waits for you:\n  {here} status")
+        else:
+            print("Soon the manager asks to spawn alice. Look at the request, and decide:")
+            print(f"  {here} pending\n  {here} approve 1")
+        print("Ctrl-C ends it.", flush=True)
         if not cli.args.no_browser:
             import webbrowser
 
@@ -7796,27 +7876,35 @@ def cli_status(cli: Cli) -> None:
     rows = agents["agent_statuses"]
     running, paused = (sum(row[flag] for row in rows) for flag in ("running", "paused"))
     print(f"{len(rows)} agents, {running} running, {paused} paused")
-    for flag, words in (("failed", "failed"), ("needs_login", "need a sign-in")):
-        names = [row["name"] for row in rows if row[flag]]
-        if names:
-            print(f"{words}: {', '.join(names)}")
-    count = len(waiting["approvals"]) + len(waiting["questions"])
-    print(f"{count} things wait for you: `pending` lists them" if count else "nothing waits for you")
+    count = len(waiting["attention"])
+    print(f"{count or 'nothing'} {'wait' if count > 1 else 'waits'} for you{':' if count else ''}")
+    for row in waiting["attention"]:
+        print(f"  {visible(row['text'])}")
+    if waiting["approvals"] or waiting["questions"]:
+        print("`pending` lists the requests and the questions, with their numbers.")
 
 
 def cli_pending(cli: Cli) -> None:
+    """Requests and questions are numbered each for themselves: number 1 may be both."""
     answer = cli.ask("pending")
     if cli.json(answer):
         return
-    requests = [row | {"age": age(row["requested_at"]), "by": row["requested_by"]} for row in answer["approvals"]]
-    table(requests, "id", "kind", "agent", "by", "age", "description", empty="No request waits for you.")
+    requests = [
+        row | {"request": row["id"], "age": age(row["requested_at"]), "by": row["requested_by"]}
+        for row in answer["approvals"]
+    ]
+    if requests:
+        print("Requests (show ID, approve ID, deny ID):")
+    table(requests, "request", "kind", "agent", "by", "age", "description", empty="No request waits for you.")
     if answer["questions"]:
         print("\nQuestions (answer ID TEXT):")
         rows = [
-            row | {"age": age(row["asked_at"]), "options": ", ".join(row.get("options", []))}
+            row
+            | {"age": age(row["asked_at"]), "options": ", ".join(row.get("options", [])), "question": row["id"]}
+            | {"text": row["question"]}
             for row in answer["questions"]
         ]
-        table(rows, "id", "from", "age", "question", "options", empty="")
+        table(rows, "question", "from", "age", "text", "options", empty="")
 
 
 def cli_show(cli: Cli) -> None:
@@ -7908,7 +7996,7 @@ def cli_attach(cli: Cli) -> None:
     with dial(cli.config) as line:
         if not cli.args.now:
             print(f"Waiting for {name} to end its turn, if it is in one; --now interrupts it.", file=sys.stderr)
-        place = ask_on(line, cli.config, cmd="attach", name=name, now=cli.args.now)
+        place = ask_on(line, cmd="attach", name=name, now=cli.args.now)
         status = run_at_terminal(place["argv"], place["env"], line)
     cli.done({"status": status}, f"{name} goes on by itself.")
 
@@ -7919,8 +8007,9 @@ def cli_destroy(cli: Cli) -> None:
         loss = (
             "its notes, sign-in, config and mail are wiped" if cli.args.purge else "its notes, config and mail are kept"
         )
+        print(f"This destroys {name}; {loss}. Type its name to go on: ", end="", file=sys.stderr, flush=True)
         try:
-            typed = input(f"This destroys {name}; {loss}. Type its name to go on: ")
+            typed = input()
         except EOFError:
             raise Refused("usage", "nobody typed the name", "scripts say --yes") from None
         if typed.strip() != name:
@@ -8009,20 +8098,18 @@ def cli_restore(cli: Cli) -> None:
         raise Refused("not_found", f"there is no file {source}")
     make_folders(cli.config)
     with only_daemon(cli.config):
-        copy = cli.config.scratch_dir / "restore.sqlite"
+        scratch = cli.config.scratch_dir / "restore.sqlite"
         try:
-            shutil.copyfile(source, copy)
-            _open_database(copy).close()
-        except (OSError, Refused) as error:
-            copy.unlink(missing_ok=True)
+            copy_database(source, scratch)
+            _open_database(scratch).close()
+        except (sqlite3.Error, Refused) as error:
             raise Refused("storage", f"{source} can't be restored: {error}", "nothing was changed") from None
         aside = cli.config.database.with_name(f"hive.sqlite.before-restore-{now_ms()}")
         for suffix in ("", "-wal", "-shm"):
             old = Path(f"{cli.config.database}{suffix}")
             if old.exists():
                 old.rename(f"{aside}{suffix}")
-        copy.chmod(0o600)
-        copy.rename(cli.config.database)
+        scratch.rename(cli.config.database)
     cli.done({"restored": str(source), "before": str(aside)}, f"restored {source}; what was there is {aside}")
 
 
@@ -8037,90 +8124,171 @@ def cli_doctor(cli: Cli) -> None:
         raise Refused("conflict", "some of this wants your attention")
 
 
-def finding(check: str, found: str, fix: str, *, ok: bool) -> Json:
-    return {"check": check, "ok": ok, "found": found} | ({} if ok else {"fix": fix})
+class Verdict(NamedTuple):
+    """What a check found, and the remedy where that is not well."""
+
+    ok: bool
+    found: str
+    fix: str
 
 
 def doctor(config: Config) -> Iterator[Json]:
-    """What a user can get wrong, each with its remedy."""
-    python = sys.version.split()[0]
-    yield finding("Python", python, "use Python 3.11 or newer", ok=sys.version_info >= (3, 11))
-    for module in ("bottle", "waitress"):
-        found = importlib_has(module)
-        yield finding(module, "present" if found else "missing", f"pip install {module}", ok=found)
-    git_path = os.environ.get("HYPERHIVE_GIT") or shutil.which("git")
-    yield finding(
-        "git", git_path or "missing", "install git, or set HYPERHIVE_GIT to its absolute path", ok=bool(git_path)
-    )
-    yield from doctor_daemon(config)
+    """What a user can get wrong. That a check can't be made is a finding, too."""
+    for check, look in doctors_checks(config).items():
+        try:
+            verdict = look()
+        except (OSError, Refused) as error:
+            verdict = Verdict(False, f"can't be checked: {error}", getattr(error, "hint", "") or "try it as root")
+        shown = verdict._asdict()
+        if verdict.ok:
+            del shown["fix"]
+        yield {"check": check} | shown
+
+
+def doctors_checks(config: Config) -> dict[str, Callable[[], Verdict]]:
+    checks: dict[str, Callable[[], Verdict]] = {"Python": check_python}
+    checks |= {module: functools.partial(check_module, module) for module in PACKAGES}
+    checks["git"] = check_git
+    agents, containers = None, config.containers
+    try:
+        answer = ask_daemon(config, timeout_s=DOCTOR_PATIENCE_S, cmd="agents")
+        agents, containers = answer["agents"], answer["containers"]  # it knows better than a file that we may not have
+        checks["daemon"] = functools.partial(Verdict, True, f"answers; {len(agents)} agents", "")
+        checks["sign-in"] = lambda: check_sign_ins(agents)
+        checks["agents' ports"] = lambda: check_agent_ports(config, agents)
+    except Refused as error:
+        checks["daemon"] = functools.partial(Verdict, False, error.message, error.hint or "see its log")
+        checks["port"] = lambda: check_port(config)
+    if containers == "process":
+        checks["Claude Code"] = lambda: check_claude(config)
+    else:
+        checks |= {"nixos-container": check_nixos_container, "flakes": check_flakes}
+        if agents is not None:
+            checks["leftover containers"] = lambda: check_leftovers(config, agents)
+    return checks | {
+        "disk": lambda: check_disk(config),
+        "clock": check_clock,
+        "token file": lambda: check_token_file(config),
+    }
+
+
+def check_python() -> Verdict:
+    return Verdict(sys.version_info >= (3, 11), sys.version.split()[0], "use Python 3.11 or newer")
+
+
+def check_module(module: str) -> Verdict:
+    found = importlib_has(module)
+    return Verdict(found, "present" if found else "missing", f"pip install {module}")
+
+
+def check_git() -> Verdict:
+    path = os.environ.get("HYPERHIVE_GIT") or shutil.which("git")
+    return Verdict(bool(path), path or "missing", "install git, or set HYPERHIVE_GIT to its absolute path")
+
+
+def check_sign_ins(agents: list[Json]) -> Verdict:
+    names = [row["name"] for row in agents if row["needs_login"]]
+    found = f"wanted by {', '.join(names)}" if names else "nobody waits for one"
+    return Verdict(not names, found, "sign in from the dashboard or the agent's page")
+
+
+def is_free(address: str, port: int) -> bool:
+    listener = listen_if_free(address, port)
+    if listener is not None:
+        listener.close()
+    return listener is not None
+
+
+def check_port(config: Config) -> Verdict:
+    """Of the dashboard, while no daemon answers."""
+    free = is_free(config.listen_address, config.port)
+    found = f"{config.port} is {'free' if free else f'taken{port_holder(config.port)}'}"
+    return Verdict(free, found, "end that process, or choose another port with --port")
+
+
+def check_agent_ports(config: Config, agents: list[Json]) -> Verdict:
+    """Nobody else may listen where the page of an agent that is stopped will."""
+    import urllib.parse
+
+    ports = {row["name"]: urllib.parse.urlsplit(row["url"]).port or 0 for row in agents if not row["running"]}
+    taken = [
+        f"{port} of {name} is taken{port_holder(port)}"
+        for name, port in ports.items()
+        if not is_free(config.listen_address, port)
+    ]
+    return Verdict(not taken, ", ".join(taken) or "none is taken by others", "end that process: a name has one port")
+
+
+def check_claude(config: Config) -> Verdict:
+    path = shutil.which(words_of(config.claude)[0])
+    return Verdict(bool(path), path or f"{config.claude} is missing", "install it, or set `claude`")
+
+
+def check_nixos_container() -> Verdict:
+    path = shutil.which("nixos-container")
+    remedy = "set boot.enableContainers on NixOS; elsewhere say --containers process"
+    return Verdict(bool(path), path or "missing", remedy)
+
+
+def check_flakes() -> Verdict:
+    if not shutil.which("nix"):
+        return Verdict(False, "there is no nix", "install Nix")
+    shown = run(["nix", "show-config"], env=dict(os.environ), timeout_s=20, accept=range(256))  # 1: not enabled
+    words = shown.text.partition("experimental-features =")[2].partition("\n")[0].split()
+    enabled = {"flakes", "nix-command"} <= set(words)
+    remedy = 'set nix.settings.experimental-features = [ "nix-command" "flakes" ]'
+    return Verdict(enabled, "enabled" if enabled else "not enabled", remedy)
+
+
+def check_leftovers(config: Config, agents: list[Json]) -> Verdict:
+    there = {path.stem.removeprefix("h-") for path in config.conf_dir.glob("h-*.conf")}
+    left = [f"h-{name}" for name in sorted(there - {row["name"] for row in agents})]
+    return Verdict(not left, ", ".join(left) or "none", "nixos-container destroy NAME, if nobody needs it")
+
+
+def check_disk(config: Config) -> Verdict:
     folder = next(path for path in (config.state_dir, *config.state_dir.parents) if path.exists())
     free = shutil.disk_usage(folder).free / 1e9
-    yield finding(
-        "disk", f"{free:.1f} GB free at {folder}", "make room: nothing can be stored on a full disk", ok=free > 1
-    )
-    if config.token_file.exists():
-        mode = stat.S_IMODE(config.token_file.stat().st_mode)
-        yield finding("token file", f"mode {mode:o}", f"chmod 600 {config.token_file}", ok=not mode & 0o077)
+    return Verdict(free > 1, f"{free:.1f} GB free at {folder}", "make room: nothing can be stored on a full disk")
 
 
-def doctor_daemon(config: Config) -> Iterator[Json]:
-    """The daemon, and whatever runs its agents: it knows that better than a settings file that we may not have."""
-    containers, agents = config.containers, None
+def check_clock() -> Verdict:
+    """Budgets, schedules and sign-ins go by it. The kernel knows whether somebody keeps it, see adjtimex(2)."""
+    import ctypes
+
+    kept = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(256)) != CLOCK_IS_NOT_KEPT
+    found = f"{rfc3339(now_ms())}{'' if kept else ', but nothing keeps it right'}"
+    return Verdict(kept, found, "run a time service (timedatectl set-ntp true)")
+
+
+def check_token_file(config: Config) -> Verdict:
     try:
-        answer = ask_daemon(config, cmd="agents")
-        agents, containers = [row["name"] for row in answer["agents"]], answer["containers"]
-        signed_out = [row["name"] for row in answer["agents"] if row["needs_login"]]
-        yield finding("daemon", f"answers; {len(agents)} agents", "", ok=True)
-        found = f"wanted by {', '.join(signed_out)}" if signed_out else "nobody waits for one"
-        yield finding("sign-in", found, "sign in from the dashboard or the agent's page", ok=not signed_out)
-    except Refused as error:
-        yield finding("daemon", error.message, error.hint, ok=False)
-        holder = port_holder(config.port)
-        found = f"{config.port} is {'taken' + holder if holder else 'free'}"
-        yield finding("port", found, "choose another with --port", ok=not holder)
-    yield from doctor_processes(config) if containers == "process" else doctor_nixos(config, agents)
+        mode = stat.S_IMODE(config.token_file.stat().st_mode)
+    except FileNotFoundError:
+        return Verdict(True, "none yet", "")
+    except PermissionError:
+        return Verdict(True, "kept from you by its folder", "")
+    return Verdict(not mode & 0o077, f"mode {mode:o}", f"chmod 600 {config.token_file}")
 
 
-def doctor_processes(config: Config) -> Iterator[Json]:
-    claude = shutil.which(words_of(config.claude)[0])
-    found = claude or f"{config.claude} is missing"
-    yield finding("Claude Code", found, "install it, or set `claude`", ok=bool(claude))
-
-
-def doctor_nixos(config: Config, agents: list[str] | None) -> Iterator[Json]:
-    program = shutil.which("nixos-container")
-    remedy = "set boot.enableContainers on NixOS; elsewhere say --containers process"
-    yield finding("nixos-container", program or "missing", remedy, ok=bool(program))
-    if shutil.which("nix"):
-        shown = run(["nix", "show-config"], env=dict(os.environ), timeout_s=20, accept=range(256))  # 1: not enabled
-        words = shown.text.partition("experimental-features =")[2].partition("\n")[0].split()
-        flakes = {"flakes", "nix-command"} <= set(words)
-        remedy = 'set nix.settings.experimental-features = [ "nix-command" "flakes" ]'
-        yield finding("flakes", "enabled" if flakes else "not enabled", remedy, ok=flakes)
-    else:
-        yield finding("Nix", "missing", "install Nix", ok=False)
-    if agents is not None:
-        there = {path.stem.removeprefix("h-") for path in config.conf_dir.glob("h-*.conf")}
-        left = sorted(there - set(agents))
-        remedy = "nixos-container destroy NAME, if nobody needs it"
-        yield finding("leftover containers", ", ".join(f"h-{name}" for name in left) or "none", remedy, ok=not left)
-
-
-def importlib_has(module: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(module) is not None
+def some_path(text: str) -> str:
+    if not text:  # it would mean the machine's own hive
+        raise argparse.ArgumentTypeError("is empty: a variable that is not set?")
+    return text
 
 
 def make_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--dir", help="a folder that holds both state/ and run/")
-    common.add_argument("--state-dir", help="where state is kept (default /var/lib/hyperhive)")
-    common.add_argument("--runtime-dir", help="where sockets are (default /run/hyperhive)")
-    common.add_argument("--config", help="a TOML file with settings")
+    for flag, text in (
+        ("--dir", "a folder that holds both state/ and run/"),
+        ("--state-dir", "where state is kept (default $HYPERHIVE_STATE_DIR, else /var/lib/hyperhive)"),
+        ("--runtime-dir", "where sockets are (default $HYPERHIVE_RUNTIME_DIR, else /run/hyperhive)"),
+        ("--config", "a TOML file with settings (default $HYPERHIVE_CONFIG)"),
+    ):
+        common.add_argument(flag, type=some_path, help=text)
     common.add_argument("--json", action="store_true", help="answer for programs")
     parser = argparse.ArgumentParser(
-        prog="hyperhive.py",
+        prog=COMMAND,
         parents=[common],
         description="A swarm of Claude Code agents, and the operator's gate in front of it.",
     )
@@ -8140,73 +8308,85 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 Argument = tuple[str, Json]
-AN_AGENT: Final[Argument] = ("name", {"metavar": "NAME", "help": "an agent"})
-AN_AGENT_OR_NONE: Final[Argument] = ("name", {"metavar": "NAME", "nargs": "?"})
-AN_ID: Final[Argument] = ("id", {"metavar": "ID", "type": int})
-A_FILE: Final[Argument] = ("file", {"metavar": "FILE"})
+AN_AGENT: Final[Argument] = ("name", {"metavar": "NAME", "help": "an agent, as `list` shows it"})
+A_REQUEST: Final[Argument] = ("id", {"metavar": "ID", "type": int, "help": "of a request: `pending` shows it"})
 PORT: Final[Argument] = ("--port", {"type": int, "help": "of the dashboard (default 7000)"})
 FOLLOW: Final[Argument] = ("--follow", {"action": "store_true", "help": "go on as more comes"})
-LINES: Final[Argument] = ("--lines", {"type": int, "default": 100})
 NOTE: Final[Argument] = ("--note", {"help": "words for whoever asked"})
 WAIT: Final[Argument] = ("--wait", {"action": "store_true", "help": "show the deploy until its end"})
+
+
+def an_agent_or(everything: str) -> Argument:
+    return ("name", {"metavar": "NAME", "nargs": "?", "help": f"an agent; without it {everything}"})
+
+
+def how_many(flag: str, default: int, text: str) -> Argument:
+    return (flag, {"type": int, "default": default, "metavar": "N", "help": f"{text} (default {default})"})
 
 
 def add_hive_verbs(verb: Callable[..., None]) -> None:
     """Verbs that are about the hive as a whole."""
     listen: Argument = ("--listen", {"dest": "listen_address", "help": "address to listen on (default 127.0.0.1)"})
-    kind: Argument = ("--containers", {"help": "how agents run: nixos (default) or process"})
+    kind: Argument = ("--containers", {"choices": CONTAINER_KINDS, "help": "how agents run (default nixos)"})
     browser: Argument = ("--no-browser", {"action": "store_true", "help": "only print the link"})
     claude: Argument = ("--claude", {"metavar": "PATH", "help": "a real Claude Code, instead of the rehearsal"})
-    days: Argument = ("--days", {"type": int, "default": 7})
+    days = how_many("--days", 7, "so many, until today")
+    copy_file: Argument = ("file", {"metavar": "FILE", "help": "where to write it; it must not exist yet"})
+    back_file: Argument = ("file", {"metavar": "FILE", "help": "the backup; what is there now is kept beside it"})
     rotate: Argument = ("--rotate", {"action": "store_true", "help": "make a new one; the old is void"})
     verb("serve", cli_serve, "run the daemon", PORT, listen, kind)
-    verb("demo", cli_demo, "a hive to try, in a folder of its own", PORT, browser, claude)
+    verb("demo", cli_demo, f"a hive to try, in ./{DEMO_DIR} unless --dir names another folder", PORT, browser, claude)
     verb("usage", cli_usage, "tokens and cost, by day and agent", days)
     verb("url", cli_url, "the dashboard's link, with the token")
     verb("token", cli_token, "the dashboard's token", rotate)
-    verb("backup", cli_backup, "write a copy of the database", A_FILE)
-    verb("restore", cli_restore, "put a backup back (the daemon must be stopped)", A_FILE)
+    verb("backup", cli_backup, "write a copy of the database", copy_file)
+    verb("restore", cli_restore, "put a backup back (the daemon must be stopped)", back_file)
     verb("doctor", cli_doctor, "check what can be wrong, and name the fix")
 
 
 def add_agent_verbs(verb: Callable[..., None]) -> None:
     names: Argument = ("names", {"metavar": "NAME", "nargs": "+", "help": "agents"})
-    now: Argument = ("--now", {"action": "store_true", "help": "don't wait for the turn"})
+    now_help = "kill them, instead of interrupting their turns and letting them end in order"
+    now: Argument = ("--now", {"action": "store_true", "help": now_help})
     interrupt: Argument = ("--now", {"action": "store_true", "help": "interrupt its turn, instead of waiting"})
     everyone: Argument = ("--all", {"action": "store_true", "help": "every agent"})
     purge: Argument = ("--purge", {"action": "store_true", "help": "wipe notes, sign-in, config and mail, too"})
     yes: Argument = ("--yes", {"action": "store_true", "help": "don't ask"})
     description: Argument = ("--description", {"default": "", "help": "what it is for"})
+    new_help = f"at most {NAME_MAX} of a-z, 0-9 and -; it begins with a letter and does not end with -"
+    new: Argument = ("name", {"metavar": "NAME", "help": new_help})
+    lines = how_many("--lines", 100, "so many of the last")
     verb("list", cli_list, "the agents")
-    verb("status", cli_status, "does anything need me? or all of one agent", AN_AGENT_OR_NONE)
-    verb("spawn", cli_deploy, "make an agent, or revive a destroyed one", AN_AGENT, description, WAIT)
+    verb("status", cli_status, "does anything need me? or all of one agent", an_agent_or("what waits for you"))
+    verb("spawn", cli_deploy, "make an agent, or revive a destroyed one", new, description, WAIT)
     verb("rebuild", cli_deploy, "deploy an agent's present config again", AN_AGENT, WAIT)
     verb("rollback", cli_deploy, "deploy the config before the present one", AN_AGENT, WAIT)
     verb("start", cli_start_stop, "start agents", names)
     verb("stop", cli_start_stop, "stop agents", names, now)
     verb("restart", cli_restart, "restart an agent", AN_AGENT)
-    verb("pause", cli_pause, "give an agent no more mail", AN_AGENT_OR_NONE, everyone)
-    verb("resume", cli_pause, "the reverse of pause", AN_AGENT_OR_NONE, everyone)
+    verb("pause", cli_pause, "give an agent no more mail", an_agent_or("say --all"), everyone)
+    verb("resume", cli_pause, "the reverse of pause", an_agent_or("say --all"), everyone)
     verb("attach", cli_attach, "talk to an agent's Claude yourself, on its session", AN_AGENT, interrupt)
     verb("destroy", cli_destroy, "remove an agent", AN_AGENT, purge, yes)
-    verb("logs", cli_logs, "what an agent's harness logged", AN_AGENT, LINES, FOLLOW)
-    verb("events", cli_events, "what agents do, event by event", AN_AGENT_OR_NONE, LINES, FOLLOW)
+    verb("logs", cli_logs, "what an agent's harness logged", AN_AGENT, lines, FOLLOW)
+    verb("events", cli_events, "what agents do, event by event", an_agent_or("all"), lines, FOLLOW)
 
 
 def add_operator_verbs(verb: Callable[..., None]) -> None:
     """Verbs that decide, write and read."""
     to: Argument = ("to", {"metavar": "TO", "help": "an agent, or * for all"})
     text: Argument = ("text", {"metavar": "TEXT", "help": "- reads it from standard input"})
-    most: Argument = ("--max", {"type": int, "default": 50})
+    question: Argument = ("id", {"metavar": "ID", "type": int, "help": "of a question: `pending` shows it"})
+    most = how_many("--max", 50, "so many of the last")
     unread: Argument = ("--unread", {"action": "store_true", "help": "only what is new"})
     keep: Argument = ("--keep", {"action": "store_true", "help": "don't mark them as read"})
     verb("pending", cli_pending, "requests and questions that wait for you")
-    verb("show", cli_show, "one request, with its diff", AN_ID)
-    verb("approve", cli_approve, "let a request happen", AN_ID, NOTE, WAIT)
-    verb("deny", cli_deny, "refuse a request", AN_ID, NOTE)
+    verb("show", cli_show, "one request, with its diff", A_REQUEST)
+    verb("approve", cli_approve, "let a request happen", A_REQUEST, NOTE, WAIT)
+    verb("deny", cli_deny, "refuse a request", A_REQUEST, NOTE)
     verb("send", cli_send, "write to an agent, or to all", to, text)
     verb("inbox", cli_inbox, "what agents wrote to you", most, unread, keep)
-    verb("answer", cli_answer, "answer a question", AN_ID, text)
+    verb("answer", cli_answer, "answer a question", question, text)
 
 
 def config_from(args: argparse.Namespace) -> Config:
@@ -8214,8 +8394,6 @@ def config_from(args: argparse.Namespace) -> Config:
     folder = getattr(args, "dir", None)
     if folder is None and args.verb == "demo":
         folder = args.dir = DEMO_DIR
-    if folder is not None and args.verb == "demo":
-        Path(folder).mkdir(parents=True, exist_ok=True)
     state = getattr(args, "state_dir", None) or (f"{folder}/state" if folder else os.environ.get("HYPERHIVE_STATE_DIR"))
     runtime = getattr(args, "runtime_dir", None) or (
         f"{folder}/run" if folder else os.environ.get("HYPERHIVE_RUNTIME_DIR")

@@ -140,6 +140,7 @@ let
         daily_budget_usd = defaults.dailyBudgetUsd;
         warm_s = defaults.warmSeconds;
       }
+      (mkIf (cfg.publicUrl != null) { public_url = cfg.publicUrl; })
       (mkIf (cfg.notifyUrl != null) { notify_url = cfg.notifyUrl; })
       (mkIf (defaults.model != null) { inherit (defaults) model; })
     ];
@@ -369,6 +370,16 @@ in
       example = [ "hive.example.org" ];
       description = ''
         Names under which a browser may ask for the pages, besides localhost and the host's name; links use the first.
+      '';
+    };
+
+    publicUrl = mkOption {
+      type = types.nullOr (types.strMatching "https?://[^/]+/?");
+      default = null;
+      example = "https://hive.example.org";
+      description = ''
+        Address at which a reverse proxy serves the dashboard; links begin with it. It has to pass the Host header on.
+        Links to agents' pages have its scheme and name, and the agent's port: the proxy has to serve those, too.
       '';
     };
 

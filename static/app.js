@@ -179,7 +179,7 @@ function draw() {
     document.title = "hyperhive";
     return render(
       document.body,
-      token_view(refused, "`hyperhive.py url` on the machine of the hive prints the link with it.", start),
+      token_view(refused, "The command `url` of hyperhive, on the machine of the hive, prints the link with it.", start),
     );
   }
   const { route, parts } = where();

@@ -58,7 +58,7 @@ const ask_step = () =>
 const STEPS = [
   {
     title: "Start the manager",
-    state: () => "the hive is empty",
+    state: () => (manager() ? "the manager is stopped" : "there is no manager yet"),
     words: "The manager is the agent that you talk to. It asks for further agents, and for changes to them.",
     is_done: () => Boolean(manager()?.running),
     act: start_step,

@@ -7,9 +7,11 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +53,9 @@ def answers(crew: Hive) -> Iterator[tuple[list[str], set[str], str]]:
             for name in ("shown", "approved", "denied")
         )
     yield ["list"], {"agents", "containers"}, "alice"
-    yield ["status"], {"agent_statuses", "approvals", "questions"}, "wait for you"
+    yield ["status"], {"agent_statuses", "approvals", "questions", "attention"}, "manager asks: Which one?"
     yield ["status", "alice"], {"agent"}, "stopped"
-    yield ["pending"], {"approvals", "questions"}, "Which one?"
+    yield ["pending"], {"approvals", "questions", "attention"}, "Which one?"
     yield ["show", shown], {"approval"}, "+{ }"
     yield ["approve", approved, "--note", "good"], set(), f"approved {approved}"
     yield ["deny", denied, "--note", "bad"], set(), f"denied {denied}"
@@ -101,7 +103,31 @@ def test_empty_answers_are_words_too(hive: Hive) -> None:
         ("usage", "Nothing used"),
     ):
         assert text in words(hive, verb)
+    hive.spawn("manager")
     assert "nothing waits for you" in words(hive, "status")
+
+
+def test_status_counts_what_the_dashboard_counts(hive: Hive) -> None:
+    assert "1 waits for you:\n  No manager yet" in words(hive, "status")
+    hive.spawn("alice")
+    with hive.agent("alice") as alice:
+        soon = f"{datetime.now(UTC) + timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}"
+        assert alice.ask("report", state={"state": "idle", "signed_in_until": soon})["ok"]
+        alice.ask("ask", question="Now?")
+        said = words(hive, "status")
+    assert "3 wait for you:\n" in said and "alice's sign-in ends at" in said and "alice asks: Now?" in said
+    shown = {row["key"] for row in hive.api("GET", "/api/state").body["attention"]}
+    assert shown == {row["key"] for row in data(hive, "status")["attention"]}
+
+
+def test_requests_and_questions_have_numbers_of_their_own(hive: Hive) -> None:
+    hive.spawn("manager")
+    with hive.agent("manager") as manager:
+        asked = [manager.ask("request_spawn", name="alice", description="x"), manager.ask("ask", question="Now?")]
+        said = words(hive, "pending")
+    assert [answer["id"] for answer in asked] == [1, 1]
+    assert re.search(r"^Requests \(.*approve ID.*\nrequest .*\n1  ", said, re.MULTILINE), said
+    assert re.search(r"^Questions \(answer ID TEXT\):\nquestion .*\n1 ", said, re.MULTILINE), said
 
 
 def test_what_is_refused_and_why(crew: Hive) -> None:
@@ -154,6 +180,9 @@ def test_a_refusal_for_a_program(crew: Hive) -> None:
         ["list", "--colour"],
         ["start"],
         ["logs", "alice", "bob"],
+        ["list", "--dir", ""],  # of an unset variable: it must not mean the machine's own hive
+        ["list", "--state-dir="],
+        ["serve", "--containers", "magic"],
     ],
     ids=" ".join,
 )
@@ -174,6 +203,8 @@ def test_usage_errors_that_the_parser_does_not_see(crew: Hive, folder: Path) -> 
         "=": "can't be read",
         "containers = 'magic'": "magic",
         "claude = ' '": "no command",
+        "public_url = 'hive.example.org'": "no address",
+        "public_url = 'https://example.org/hive'": "not below a path",
         'claude = "claude \'"': "no command",
     }.items():
         bad.write_text(text)
@@ -195,6 +226,51 @@ def test_text_that_is_no_utf_8(crew: Hive) -> None:
 def test_no_daemon_is_said_with_what_to_do(folder: Path) -> None:
     ran = subprocess.run([*HYPERHIVE, "--dir", str(folder), "list"], capture_output=True, text=True, timeout=30)
     assert ran.returncode == 1 and str(folder / "run/host.sock") in ran.stderr and "hyperhive.py serve" in ran.stderr
+
+
+def test_a_line_that_is_too_long_is_refused_with_the_daemons_words(crew: Hive) -> None:
+    ran = crew.cli("send", "alice", "-", stdin="x" * 8_000_000)
+    assert ran.returncode == 1 and "a line may have at most 1048576 bytes" in ran.stderr, ran.stderr
+
+
+@contextmanager
+def instead_of_a_daemon(folder: Path, serve: Callable[[socket.socket], None]) -> Iterator[None]:
+    (folder / "run").mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "run/host.sock"))
+        server.listen()
+        thread = threading.Thread(target=serve, args=(server,))
+        thread.start()
+        yield
+        thread.join(30)
+    (folder / "run/host.sock").unlink()
+
+
+def test_a_daemon_that_goes_away_is_told_from_one_that_is_not_there(folder: Path) -> None:
+    def hang_up(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(10)
+
+    with instead_of_a_daemon(folder, hang_up):
+        ran = subprocess.run([*HYPERHIVE, "--dir", str(folder), "list"], capture_output=True, text=True, timeout=30)
+    assert ran.returncode == 1 and "went away before it answered" in ran.stderr and "serve" not in ran.stderr
+
+
+def test_doctor_waits_no_longer_than_that(folder: Path) -> None:
+    """Other verbs wait for ever: a start or a stop of a container may take minutes."""
+
+    def listen(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            while connection.recv(4096):
+                pass
+
+    with instead_of_a_daemon(folder, listen):
+        command = [*HYPERHIVE, "--dir", str(folder), "doctor", "--json"]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    findings = {row["check"]: row for row in json.loads(ran.stdout)["findings"]}
+    assert "did not answer within" in findings["daemon"]["found"]
 
 
 def test_text_from_standard_input(crew: Hive) -> None:
@@ -263,10 +339,11 @@ def test_destroy_asks_for_the_name(hive: Hive) -> None:
     hive.spawn("alice")
     for typed in ("", "yes\n", "ALICE\n", "bob\n"):
         ran = hive.cli("destroy", "alice", stdin=typed)
-        assert ran.returncode == 2 and "Type its name" in ran.stdout and "destroyed" not in ran.stdout
-        assert "hyperhive: " in ran.stderr
+        assert ran.returncode == 2 and ran.stdout == ""
+        assert "Type its name" in ran.stderr and "hyperhive: " in ran.stderr
     assert words(hive, "list").count("alice") == 1
-    assert words(hive, "destroy", "alice", stdin="alice\n").endswith("destroyed alice\n")
+    ran = hive.cli("destroy", "alice", "--json", stdin="alice\n")
+    assert ran.returncode == 0 and json.loads(ran.stdout) == {} and "Type its name" in ran.stderr
     assert data(hive, "status", "alice")["agent"]["kept"]
     assert (hive.state / "agents/alice/state").is_dir()
     hive.cli("spawn", "alice", "--wait")
@@ -309,6 +386,30 @@ def test_backup_and_restore(hive: Hive, monkeypatch: pytest.MonkeyPatch) -> None
     assert name.startswith("alice")
 
 
+def test_restore_takes_what_a_killed_daemon_had_not_moved_into_the_file(hive: Hive, folder: Path) -> None:
+    hive.spawn("alice")
+    words(hive, "backup", str(folder / "copy.sqlite"))
+    sent = [hive.ask(cmd="send", to="alice", body=f"letter {number}")["id"] for number in range(10)]
+    hive.kill()
+    before = data(hive, "restore", str(folder / "copy.sqlite"))["before"]
+    with closing(sqlite3.connect(hive.state / "hive.sqlite")) as database:
+        assert database.execute("SELECT count(*) FROM messages").fetchone() == (0,)
+    words(hive, "restore", before)
+    with closing(sqlite3.connect(hive.state / "hive.sqlite")) as database:
+        assert [row[0] for row in database.execute("SELECT id FROM messages ORDER BY id")] == sent
+    assert (hive.state / "hive.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_public_address_is_that_of_all_links(folder: Path) -> None:
+    with Hive(folder, public_url="https://hive.example.org") as hive:
+        assert words(hive, "url") == f"https://hive.example.org/#token={hive.token}\n"
+        hive.spawn("alice")
+        page = data(hive, "status", "alice")["agent"]["url"]
+        assert re.fullmatch(r"https://hive\.example\.org:[0-9]+/#token=\S+", page)
+        assert hive.api("GET", "/api/state", headers={"Host": "hive.example.org"}).status == 200
+        assert hive.ask(cmd="urls")["urls"] == {"domain": "hive.example.org", "home": "https://hive.example.org/"}
+
+
 def test_doctor(hive: Hive, folder: Path) -> None:
     ran = hive.cli("doctor", "--config", str(hive.config))
     found = {line[5:].partition(":")[0]: line[:4].strip() for line in ran.stdout.splitlines() if line[0] != " "}
@@ -328,6 +429,46 @@ def test_doctor(hive: Hive, folder: Path) -> None:
     assert f"taken by pid {os.getpid()}" in findings["port"]["found"]
     assert all(row["ok"] or row["fix"] for row in findings.values())
     assert not (folder / "other").exists()  # it looks and touches nothing
+
+
+def findings_of(*command: Any, **environment: str) -> dict[str, Any]:
+    ran = subprocess.run(
+        [*command, "doctor", "--json"], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+    )
+    assert "Traceback" not in ran.stderr, ran.stderr
+    return {row["check"]: row for row in json.loads(ran.stdout)["findings"]}
+
+
+def test_doctor_for_who_may_not_look_everywhere(folder: Path) -> None:
+    """As a member of hive-admin: the state folder is closed, and who holds a port can't be seen."""
+    (folder / "state").mkdir()
+    (folder / "state/operator.token").touch()
+    (folder / "state").chmod(0)
+    less = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-sys_ptrace"] if os.geteuid() == 0 else []
+    with socket.create_server(("127.0.0.1", free_ports())) as taken:
+        port = taken.getsockname()[1]
+        (folder / "config.toml").write_text(f"port = {port}\ncontainers = 'process'\n")
+        found = findings_of(*less, *HYPERHIVE, "--dir", folder, "--config", folder / "config.toml")
+    (folder / "state").chmod(0o700)
+    assert found["token file"] == {"check": "token file", "ok": True, "found": "kept from you by its folder"}
+    assert not found["port"]["ok"] and f"{port} is taken" in found["port"]["found"]
+    assert found["clock"]["found"].startswith("20")
+
+
+def test_doctor_survives_a_check_that_can_not_be_made(folder: Path) -> None:
+    (folder / "nix").write_text("#!/bin/sh\nkill -9 $$\n")
+    (folder / "nix").chmod(0o755)
+    found = findings_of(*HYPERHIVE, "--dir", folder / "other", PATH=f"{folder}:{os.environ['PATH']}")
+    assert "status -9" in found["flakes"]["found"] and found["flakes"]["fix"] and found["disk"]["ok"]
+
+
+def test_doctor_names_who_sits_on_an_agents_port(hive: Hive) -> None:
+    hive.spawn("alice")
+    port = int(re.findall(r":(\d+)/", data(hive, "status", "alice")["agent"]["url"])[0])
+    assert findings_of(*HYPERHIVE, "--dir", hive.folder)["agents' ports"]["ok"]
+    with socket.create_server(("127.0.0.1", port)):
+        found = findings_of(*HYPERHIVE, "--dir", hive.folder)["agents' ports"]
+    assert not found["ok"] and f"{port} of alice is taken by pid {os.getpid()}" in found["found"]
 
 
 @contextmanager
@@ -385,6 +526,14 @@ def test_where_the_hive_is_can_be_said_in_the_environment(crew: Hive, monkeypatc
     monkeypatch.setenv("HYPERHIVE_RUNTIME_DIR", str(crew.run))
     ran = subprocess.run([*HYPERHIVE, "list", "--json"], check=True, capture_output=True, text=True, timeout=30)
     assert {"manager", "alice", "bob"} <= {row["name"] for row in json.loads(ran.stdout)["agents"]}
+
+
+@pytest.mark.parametrize("verb", ["serve", "demo"])
+def test_without_its_packages_nothing_is_made(folder: Path, verb: str) -> None:
+    command = [HYPERHIVE[0], "-S", *HYPERHIVE[1:], "--dir", str(folder / "hive"), "--config", "/dev/null", verb]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert ran.returncode == 1 and "no bottle and no waitress" in ran.stderr and "pip install" in ran.stderr
+    assert not (folder / "hive").exists()
 
 
 def test_serve_says_what_is_missing(folder: Path) -> None:

@@ -44,6 +44,25 @@ def service(folder: Path, address: str, **environment: str) -> Iterator[tuple[Hi
         Path(address).unlink()
 
 
+def test_signals_upon_signals_end_it(folder: Path) -> None:
+    """A handler may interrupt the main thread inside the very lock that it would need."""
+    for number in range(3):
+        place = folder / str(number)
+        place.mkdir()
+        with Hive(place) as hive:
+            daemon, deadline = hive.daemon, time.monotonic() + 30
+            assert daemon
+            while "stopping" not in hive.log.read_text() and time.monotonic() < deadline:
+                for sign in (signal.SIGTERM, signal.SIGINT) * 50:
+                    daemon.send_signal(sign)
+            heard = "stopping" in hive.log.read_text()
+            if not heard:
+                daemon.kill()
+            hive.daemon = None
+            status = daemon.wait(timeout=30)
+        assert heard and status in (0, -signal.SIGTERM, -signal.SIGINT)  # a late one may meet a Python that ends
+
+
 @pytest.mark.parametrize("kind", ["path", "abstract"])
 def test_ready_when_it_answers_and_stopping_when_it_ends(folder: Path, kind: str) -> None:
     address = str(folder / "notify") if kind == "path" else f"\0{folder}/notify"

@@ -20,6 +20,8 @@ MAY_IMPORT = {"hyperhive.py": {"bottle", "waitress"}, "harness.py": set()}
 MAX_LINES = 60
 MAY_BE_LONGER: dict[str, str] = {}  # "file.py:function": why
 
+BARE = re.compile(r"  \S+( \S+)*")  # an argument in a verb's help, and nothing behind it
+
 program = pytest.mark.parametrize("name", PROGRAMS)
 
 
@@ -198,8 +200,11 @@ def test_every_verb_has_help_and_stands_in_the_readme() -> None:
     refuse([f"{verb} has no help" for verb, text in verbs().items() if not text])
     refuse([f"{verb} is not in README.md" for verb in verbs() if not re.search(rf"\b{verb}\b", readme)])
     for verb in verbs():
-        shown = subprocess.run([*HYPERHIVE, verb, "--help"], capture_output=True, text=True, timeout=30)
+        command = [*HYPERHIVE, verb, "--help"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=30, env={"COLUMNS": "300"})
         assert shown.returncode == 0, f"{verb}: {shown.stderr}"
+        lines = re.sub(r"\n {10,}", "  ", shown.stdout).splitlines()
+        refuse([f"{verb}: {line.strip()} has no help" for line in lines if BARE.fullmatch(line)])
 
 
 # ── pages and texts ──

@@ -157,6 +157,7 @@ SETTINGS = """{
     dashboardPort = 7001;
     listenAddress = "0.0.0.0";
     domains = [ "hive.example.org" ];
+    publicUrl = "https://hive.example.org";
     precheck = "eval";
     notifyUrl = "https://ntfy.example.org/hive";
     agentDefaults = {
@@ -180,6 +181,7 @@ def test_the_options_become_settings(nix: Nix) -> None:
         "port": 7001,
         "listen_address": "0.0.0.0",
         "domains": ["hive.example.org"],
+        "public_url": "https://hive.example.org",
         "precheck": "eval",
         "notify_url": "https://ntfy.example.org/hive",
         "memory_max": "512M",
@@ -330,6 +332,7 @@ def test_the_overlay_takes_claude_code_from_unstable_and_allows_nothing_else(nix
         ('domains = "a";', "`services.hyperhive.domains' is not of type"),
         ("adminUsers = [ 1 ];", "`services.hyperhive.adminUsers."),
         ('precheck = "always";', "`services.hyperhive.precheck' is not of type"),
+        ('publicUrl = "https://example.org/hive";', "`services.hyperhive.publicUrl' is not of type"),
         ('notifyUrl = "ntfy.example.org";', "`services.hyperhive.notifyUrl' is not of type"),
         ('agentDefaults.memoryMax = "lots";', "`services.hyperhive.agentDefaults.memoryMax' is not of type"),
         ('agentDefaults.cpuQuota = "2";', "`services.hyperhive.agentDefaults.cpuQuota' is not of type"),
@@ -387,7 +390,7 @@ def test_every_option_has_type_default_example_and_description(nix: Nix) -> None
             builtins.concatLists (map (name: flat (path + "." + name) tree.${name}) (builtins.attrNames tree));
       in flat "services.hyperhive" (system [ ]).options.services.hyperhive
     """)
-    assert len(options) == 22
+    assert len(options) == 23
     for option in options:
         assert {"type", "default", "example", "description"} <= set(option["has"]), option["path"]
         assert option["description"].strip().endswith("."), option["path"]

@@ -52,6 +52,23 @@ def test_a_notification_that_is_refused_is_tried_again(folder: Path) -> None:
         assert hive.log.read_text().count("the notification was not delivered: HTTP Error 503") == 2
 
 
+def test_an_answer_that_is_no_http_costs_nothing(folder: Path) -> None:
+    with Receiver(garble=2) as receiver, Hive(folder, notify_url=receiver.url) as hive:
+        hive.spawn("alice")
+        assert hive.api("POST", "/api/notify/test", {}).status == 502
+        with hive.agent("alice") as alice:
+            for question in ("Tea?", "Cake?"):
+                alice.ask("ask", question=question)
+        for question in ("Tea?", "Cake?"):
+            told(receiver, question)
+        assert hive.api("POST", "/api/notify/test", {}).status == 200
+        assert told(receiver, "This is a test").headers["Title"] == "hyperhive: a test"
+        hive.stop()
+        hive.configure(notify_url="http://127.0.0.1:1/a topic")
+        hive.start()
+        assert hive.api("POST", "/api/notify/test", {}).status == 502
+
+
 def test_an_address_at_which_nobody_listens_stops_nothing(folder: Path) -> None:
     with Hive(folder, notify_url=f"http://127.0.0.1:{free_ports()}/") as hive:
         hive.spawn("alice")

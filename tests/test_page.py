@@ -46,11 +46,11 @@ def request_alice(manager: Line, description: str = "She writes reports.", name:
 
 
 def test_the_token_comes_with_the_link_and_leaves_the_address_at_once(hive: Hive, tab: Tab) -> None:
-    expect(tab.page.get_by_text("the hive is empty")).to_be_visible()
+    expect(tab.page.get_by_text("there is no manager yet")).to_be_visible()
     assert tab.page.url == f"{hive.url}/"
     assert tab.page.evaluate("history.length") <= 2
     tab.page.reload()
-    expect(tab.page.get_by_text("the hive is empty")).to_be_visible()
+    expect(tab.page.get_by_text("there is no manager yet")).to_be_visible()
 
 
 def test_without_a_token_there_is_one_field_that_says_when_it_is_wrong(
@@ -64,12 +64,12 @@ def test_without_a_token_there_is_one_field_that_says_when_it_is_wrong(
     expect(tab.page.get_by_role("alert")).to_contain_text("not valid")
     field.fill(hive.token)
     tab.page.get_by_role("button", name="Open").click()
-    expect(tab.page.get_by_text("the hive is empty")).to_be_visible()
+    expect(tab.page.get_by_text("there is no manager yet")).to_be_visible()
 
 
 def test_a_token_that_was_changed_asks_for_the_new_one(hive: Hive, tab: Tab) -> None:
     tab.expected = ["401", "ERR_INCOMPLETE"]
-    expect(tab.page.get_by_text("the hive is empty")).to_be_visible()
+    expect(tab.page.get_by_text("there is no manager yet")).to_be_visible()
     assert hive.cli("token", "--rotate").returncode == 0
     tab.go("usage")
     tab.page.get_by_label("Paste the token").fill(f"{hive.url}/#token={hive.token}")
@@ -92,6 +92,7 @@ def test_an_empty_hive_explains_itself_in_three_steps(hive: Hive, tab: Tab) -> N
     expect(tab.page.get_by_role("complementary").get_by_role("link", name="manager")).to_be_visible()
     wait_for(lambda: settled(hive), "the deploy to end")
     assert hive.cli("stop", "manager").returncode == 0
+    expect(welcome.get_by_role("heading", name="the manager is stopped")).to_be_visible()
     expect(step.get_by_role("button", name="Start the manager")).to_be_enabled()
     step.get_by_role("button", name="Start the manager").click()
     step.get_by_label("Write to manager").fill("Please look after the backups.")

@@ -139,7 +139,8 @@ def test_ended_in_the_middle_and_begun_again(demo: Demo) -> None:
     assert "sleep" in {process.name() for process in processes_of(demo.folder)}
     demo.end(signal.SIGINT)
     (demo.state / "agents/manager/state/began").unlink()
-    demo.begin()
+    again = "\n".join(demo.begin())
+    assert "goes on where it was" in again and again.rstrip().endswith(" status") and "Soon" not in again
     wait_for((demo.state / "agents/manager/state/began").exists, "the manager's tool, once more")
     demo.end(signal.SIGTERM)
     demo.begin()

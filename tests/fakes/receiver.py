@@ -1,4 +1,5 @@
-"""An address that takes notifications, as ntfy or a webhook would, and refuses as many as it is told to."""
+"""An address that takes notifications, as ntfy or a webhook would; it refuses as many as it is told to, or
+answers as many by what is no HTTP."""
 
 import http.server
 import threading
@@ -13,9 +14,9 @@ class Told(NamedTuple):
 class Receiver(http.server.ThreadingHTTPServer):
     """`with Receiver() as receiver:` serves until the end of the block; `told` is what came, `tries` counts all."""
 
-    def __init__(self, *, refuse: int = 0) -> None:
+    def __init__(self, *, refuse: int = 0, garble: int = 0) -> None:
         super().__init__(("127.0.0.1", 0), _Taker)
-        self.refuse, self.tries = refuse, 0
+        self.refuse, self.garble, self.tries = refuse, garble, 0
         self.told: list[Told] = []
         self._thread = threading.Thread(target=self.serve_forever)
 
@@ -39,6 +40,9 @@ class _Taker(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         text = self.rfile.read(int(self.headers["Content-Length"])).decode()
         self.server.tries += 1
+        if self.server.tries <= self.server.garble:
+            self.wfile.write(b"what is this?\r\n")
+            return
         taken = self.server.tries > self.server.refuse
         if taken:
             self.server.told.append(Told(dict(self.headers), text))
