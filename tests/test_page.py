@@ -114,6 +114,18 @@ def test_the_managers_sign_in_is_the_first_card(hive: Hive, tab: Tab) -> None:
     expect(welcome.locator("ol.welcome > [aria-current=step]")).to_contain_text("Ask it for something")
 
 
+def test_a_manager_that_cannot_work_is_not_called_ready(hive: Hive, tab: Tab) -> None:
+    spawn(hive, "manager")
+    welcome = tab.page.get_by_role("article", name="Welcome")
+    step = welcome.locator("ol.welcome > [aria-current=step]")
+    expect(step).to_contain_text("Ask it for something")
+    assert hive.cli("pause", "manager").returncode == 0
+    expect(welcome.get_by_role("heading")).to_have_text("the manager is paused")
+    expect(step).to_contain_text("Paused by you.")
+    assert hive.cli("resume", "manager").returncode == 0
+    expect(step).to_contain_text("Ask it for something")
+
+
 def test_a_request_is_read_and_approved_with_a_click(hive: Hive, tab: Tab) -> None:
     spawn(hive, "manager")
     with hive.agent("manager") as manager:

@@ -113,6 +113,9 @@ def test_pictures_are_shown_where_a_tool_returned_them(team: Hive, tab: Tab) -> 
 def test_a_sign_in_through_the_page(team: Hive, tab: Tab) -> None:
     page = tab.page
     page.get_by_role("button", name="Sign in", exact=True).click()
+    page.get_by_role("button", name="Close the sign-in").click()
+    expect(page.get_by_role("button", name="Sign alice in")).to_have_count(0)
+    page.get_by_role("button", name="Sign in", exact=True).click()
     page.get_by_role("button", name="Sign alice in").click()
     expect(page.get_by_role("link", name="https://rehearsal.invalid/sign-in")).to_be_visible()
     page.get_by_role("button", name="Cancel").click()
@@ -120,6 +123,7 @@ def test_a_sign_in_through_the_page(team: Hive, tab: Tab) -> None:
     page.get_by_label("Code for alice").fill("right#state")
     page.get_by_role("button", name="Finish").click()
     expect(page.get_by_label("Code for alice")).to_have_count(0)
+    expect(page.get_by_role("button", name="Sign alice in")).to_have_count(0)
     wait_for(lambda: row_of(team, "alice")["state"] == "idle", "alice to be idle")
 
 

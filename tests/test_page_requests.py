@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import browserbox
 import pytest
 from browserbox import Tab, card, settled
 from hive import Hive, wait_for
 from nixos import NixosHive
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
 
@@ -343,9 +344,83 @@ def test_a_page_left_open_through_a_restart_approves_only_what_it_showed(
         wait_for(lambda: request_of(hive, number).get("phase") == "deployed", "the deploy")
 
 
-def test_ten_thousand_lines_are_all_there_but_only_those_near_are_coloured(
+def test_what_is_not_shown_of_a_change_is_said_and_approved_with_a_press_more(
     team: Hive, folder: Path, tab: Tab
 ) -> None:
+    number = propose(team, folder, {"agent.nix": SECOND})
+
+    def cut(route: Route) -> None:
+        shown = route.fetch().json()
+        shown["approval"] |= {"diff": shown["approval"]["diff"] + "\n… (1234 bytes more)\n"}
+        route.fulfill(json=shown)
+
+    tab.page.route(re.compile(f"/api/approvals/{number}$"), cut)
+    tab.page.reload()
+    request = card(tab, "to change alice")
+    expect(request.get_by_role("note")).to_contain_text("1,234 bytes of this change are not shown here")
+    expect(request.locator(".diff")).not_to_contain_text("bytes more")
+    approve = request.get_by_role("button", name=f"Approve request {number}")
+    approve.click()
+    expect(approve).to_have_text("Approve unread")
+    assert request_of(team, number)["status"] == "pending"
+    tab.page.route(re.compile("/approve$"), lambda route: route.fulfill(json={}))  # other tests want it undecided
+    with tab.page.expect_request(re.compile(f"/api/approvals/{number}/approve$")):
+        approve.click()
+
+
+def test_a_change_is_asked_for_once(team: Hive, folder: Path, open_tab: Callable[..., Tab]) -> None:
+    number = propose(team, folder, {"agent.nix": SECOND})
+    tab = open_tab(f"{team.url}/#token={team.token}")
+    expect(card(tab, "to change alice").locator(".diff")).to_be_visible()
+    asked: list[str] = []
+    tab.page.on("request", lambda request: asked.append(urlsplit(request.url).path))
+    tab.page.goto(f"{team.url}/#/approvals/{number}")
+    tab.page.reload()
+    expect(card(tab, "to change alice").locator(".diff")).to_be_visible()
+    assert asked.count(f"/api/approvals/{number}") == 1
+
+
+def test_a_log_of_a_pre_check_grows_while_it_runs(team: Hive, folder: Path, tab: Tab) -> None:
+    number = propose(team, folder, {"agent.nix": SECOND})
+    check(team, number, {"state": "running"}, ("evaluating…",))
+    tab.page.reload()
+    request = card(tab, "to change alice")
+    request.get_by_role("button", name="Log of the pre-check").click()
+    expect(request.get_by_role("log")).to_have_text("evaluating…")
+    with closing(sqlite3.connect(team.state / "hive.sqlite")) as database, database:
+        database.execute("INSERT INTO precheck_log (approval, n, line) VALUES (?, 2, 'building…')", (number,))
+    expect(request.get_by_role("log")).to_contain_text("building…")
+    request.get_by_role("button", name="Hide the log of the pre-check").click()
+    expect(request.get_by_role("log")).to_have_count(0)
+
+
+def test_what_is_read_stays_through_an_outage_and_is_decided_only_afresh(
+    folder: Path, open_tab: Callable[..., Tab]
+) -> None:
+    with Hive(folder, undo_s=0.0) as hive:
+        hive.spawn("manager", "alice")
+        number = propose_long(hive, folder)
+        tab = open_tab(f"{hive.url}/#token={hive.token}")
+        tab.expected = ["ERR_", "Failed to load"]
+        tab.go(f"approvals/{number}")
+        approve = tab.page.get_by_role("button", name=f"Approve request {number}")
+        expect(approve).to_be_enabled()
+        tab.page.evaluate("scrollTo(0, 9000)")
+        held: list[Route] = []
+        tab.page.route(re.compile(f"/api/approvals/{number}$"), lambda route: held.append(route))
+        hive.stop()
+        expect(tab.page.get_by_text("Disconnected since")).to_be_visible()
+        with tab.page.expect_request(re.compile(f"/api/approvals/{number}$")):
+            hive.start()
+        expect(tab.page.get_by_text("Disconnected since")).to_have_count(0)
+        expect(approve).to_be_disabled()
+        expect(tab.page.locator(".changes > .file")).to_have_count(41)
+        held[0].continue_()
+        expect(approve).to_be_enabled()
+        assert tab.page.evaluate("scrollY") > 8000
+
+
+def test_ten_thousand_lines_are_all_there_but_only_those_near_are_coloured(team: Hive, folder: Path, tab: Tab) -> None:
     number = propose_long(team, folder)
     tab.go(f"approvals/{number}")
     expect(tab.page.locator(".changes > .file")).to_have_count(41)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sqlite3
 import tempfile
@@ -90,6 +91,21 @@ def test_who_talks_to_whom_is_drawn(tab: Tab) -> None:
     graph = tab.page.locator("svg.graph")
     expect(graph).to_have_attribute("aria-label", re.compile("alice and bob: 1 message"))
     expect(graph.locator("text")).to_have_text(["alice", "bob", "you"])
+    tab.page.set_viewport_size({"width": 390, "height": 740})
+    names = [f"agent-{number}" for number in range(30)]
+    for number, (one, other) in enumerate(itertools.pairwise(names)):
+        row = {"from": one, "to": other, "at": "2026-01-01T00:00:00Z", "body": "", "state": "acked"}
+        tab.page.evaluate(
+            "async row => (await import('/static/store.js')).take('change', { kind: 'message', row })",
+            row | {"id": 10_000 + number},
+        )
+    expect(graph.locator("text")).to_have_count(33)
+    boxes = "[...document.querySelectorAll('svg.graph rect')].map((name) => name.getBoundingClientRect())"
+    places = tab.page.evaluate(f"{boxes}.map(({{ x, y, right, bottom }}) => [x, y, right, bottom])")
+    assert min(bottom - y for _, y, _, bottom in places) > 20  # a name can be read
+    for (x, y, right, bottom), other in itertools.combinations(places, 2):
+        assert right <= other[0] or other[2] <= x or bottom <= other[1] or other[3] <= y, "two names overlap"
+    assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_a_message_to_several(team: Hive, tab: Tab) -> None:
@@ -146,6 +162,7 @@ def test_rows_of_agents_stay_two_lines_and_keep_the_focus(team: Hive, open_tab: 
     words = tab.page.locator(".row.agent").filter(has_text="dave").locator(".second")
     expect(words).to_have_text(re.compile("^He counts"))
     assert words.bounding_box()["height"] < 1.5 * one_line  # type: ignore[index]
+    assert tab.page.locator(".row.agent").filter(has_text="bob").bounding_box()["height"] < 66  # type: ignore[index]
     manage = row.get_by_role("button", name="Manage carol")
     manage.focus()
     team.ask(cmd="set_paused", name="carol", paused=True)
@@ -194,6 +211,28 @@ def test_the_browser_tells_of_what_is_new_and_leads_to_it(team: Hive, open_tab: 
     wait_for(lambda: tab.page.evaluate("told.length") == 1, "the notification")
     tab.page.evaluate("told[0].onclick()")
     expect(tab.page).to_have_url(re.compile(f"#/approvals/{number}$"))
+
+
+def test_a_browser_that_has_notifications_and_refuses_them_still_shows_the_page(
+    team: Hive, open_tab: Callable[..., Tab]
+) -> None:
+    tab = open_tab("about:blank")
+    tab.origin = team.url
+    tab.page.add_init_script(
+        """window.Notification = class {
+          static permission = "granted";
+          constructor() { throw new TypeError("Illegal constructor."); }
+        };
+        document.hasFocus = () => false;
+        localStorage.setItem("hyperhive-notify", "yes");"""
+    )
+    tab.page.goto(f"{team.url}/#token={team.token}")
+    expect(tab.page.get_by_role("heading", name=re.compile("for you"))).to_be_visible()
+    with team.agent("manager") as manager:
+        number = manager.ask("request_spawn", name="fay", description="She paints.")["id"]
+    expect(tab.page.get_by_role("button", name=f"Approve request {number}")).to_be_visible()
+    tab.go("system")
+    expect(tab.page.get_by_role("button", name="Tell me in this browser")).to_be_disabled()
 
 
 def test_a_notification_is_tried_out(tab: Tab, receiver: Receiver) -> None:

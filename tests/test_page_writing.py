@@ -31,12 +31,12 @@ DROP = """(composer) => {
 
 @pytest.fixture(scope="module")
 def team() -> Iterator[Hive]:
-    """One hive for the module: alice and bob are deployed and stopped, and a file may have 2,000 bytes."""
+    """One hive for the module: three agents are deployed and stopped, and a file may have 2,000 bytes."""
     with (
         tempfile.TemporaryDirectory(prefix="hh-", dir="/tmp") as place,
         Hive(Path(place), limits={"attachment_bytes": 2000}) as hive,
     ):
-        yield hive.spawn("alice", "bob")
+        yield hive.spawn("alice", "bob", "carol")
 
 
 @pytest.fixture
@@ -127,6 +127,80 @@ def test_attached_files_are_listed_and_deleted_after_a_question(team: Hive, tab:
     row.get_by_role("button", name="Delete old.txt", exact=True).click()
     expect(row).to_have_count(0)
     assert "old.txt" not in names_of_files(team)
+
+
+def test_a_file_that_comes_while_a_message_goes_waits_for_the_next(team: Hive, tab: Tab) -> None:
+    tab.go("flow")
+    held: list[Route] = []
+    tab.page.route(re.compile("/api/messages$"), lambda route: held.append(route))
+    tab.page.get_by_label("Message", exact=True).fill("Without it.")
+    with tab.page.expect_request(re.compile("/api/messages$")):
+        tab.page.get_by_role("button", name="Send").click()
+    small = {"name": "late.txt", "mimeType": "text/plain", "buffer": b"x"}
+    tab.page.locator("input[type=file]").set_input_files([small])  # type: ignore[list-item]
+    expect(chips(tab)).to_contain_text("1 byte")
+    wait_for(lambda: "late.txt" in names_of_files(team), "the file")
+    expect(chips(tab)).not_to_contain_text("%")
+    held[0].continue_()
+    expect(tab.page.get_by_label("Message", exact=True)).to_have_value("")
+    expect(chips(tab)).to_contain_text("late.txt")
+    assert last_body(team) == "Without it."
+
+
+def recipients_of(hive: Hive, body: str) -> list[str]:
+    rows = hive.api("GET", "/api/messages?max=1000").body["messages"]
+    return [row["to"] for row in rows if row["body"] == body]
+
+
+def test_a_message_goes_to_whom_the_field_names(team: Hive, tab: Tab) -> None:
+    with team.agent("alice") as alice:
+        first = alice.ask("send", to="operator", body="Where is bob?")["id"]
+    tab.go(f"flow/thread/{first}")
+    to, field = tab.page.get_by_label("To", exact=True), tab.page.locator(".composer textarea")
+    expect(to).to_have_value("alice")
+    to.select_option("bob")
+    field.fill("For bob alone.")
+    tab.page.get_by_role("button", name="Send").click()
+    expect(field).to_have_value("")
+    to.select_option("*")
+    field.fill("For everyone.")
+    tab.page.get_by_role("button", name="Send").click()
+    expect(field).to_have_value("")
+    assert recipients_of(team, "For bob alone.") == ["bob"]
+    assert sorted(recipients_of(team, "For everyone.")) == ["alice", "bob", "carol"]
+    tab.go("flow")
+    expect(to).to_have_value("alice")  # what was chosen in a thread is the thread's
+    tab.page.evaluate("sessionStorage.setItem('drafts', JSON.stringify({ 'flow:to': 'gone' }))")
+    tab.page.reload()
+    expect(to).to_have_value("alice")
+    field.fill("Who is gone gets nothing.")
+    tab.page.get_by_role("button", name="Send").click()
+    expect(field).to_have_value("")
+    assert recipients_of(team, "Who is gone gets nothing.") == ["alice"]
+
+
+def test_who_got_a_message_gets_it_once_though_another_was_refused(team: Hive, tab: Tab) -> None:
+    tab.expected = ["429"]
+    tab.go("flow")
+    refused: list[str] = []
+
+    def refuse_once(route: Route) -> None:
+        if refused or route.request.post_data_json["to"] != "carol":
+            return route.continue_()
+        refused.append("carol")
+        return route.fulfill(status=429, json={"error": "Too many.", "code": "rate"})
+
+    tab.page.route(re.compile("/api/messages$"), refuse_once)
+    tab.page.get_by_label("To", exact=True).select_option("several")
+    for name in ("bob", "carol"):
+        tab.page.get_by_role("group", name="Recipients").get_by_role("button", name=name).click()
+    field = tab.page.get_by_label("Message", exact=True)
+    field.fill("Once for each of you.")
+    tab.page.get_by_role("button", name="Send").click()
+    expect(tab.page.get_by_role("alert")).to_contain_text("Too many.")
+    tab.page.get_by_role("button", name="Send").click()
+    expect(field).to_have_value("")
+    assert recipients_of(team, "Once for each of you.") == ["bob", "carol"]
 
 
 def test_the_page_of_an_agent_takes_no_files(folder: Path, open_tab: Callable[..., Tab]) -> None:
