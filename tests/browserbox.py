@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from hive import Hive, wait_for
+from hive import Hive, listens, wait_for
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium")
@@ -86,6 +86,7 @@ def spawn(hive: Hive, name: str) -> None:
     answer = hive.api("POST", "/api/agents", {"name": name})
     assert answer.status == 200, answer.body
     wait_for(lambda: row_of(hive, name)["state"] == "idle" and settled(hive), f"{name} to be idle")
+    wait_for(lambda: listens(urlsplit(row_of(hive, name)["url"]).port or 0), f"the page of {name}")
 
 
 def settled(hive: Hive) -> bool:

@@ -47,12 +47,14 @@ def wait_for(look: Callable[[], Any], what: str, *, timeout_s: float = 30) -> An
 def free_ports(count: int = 1) -> int:
     """The first of `count` neighbouring ports that nothing uses.
 
-    They lie below the range from which the kernel gives ports to outgoing connections, and are drawn by
-    chance, so that two runs on one machine seldom meet.
+    They lie below the range from which the kernel gives ports to outgoing connections, and are drawn by chance, so that
+    two runs on one machine seldom meet. Each process of one run has a share of its own: a port may be bound much later.
     """
-    used = {connection.laddr.port for connection in psutil.net_connections("tcp")}
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = 20_000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     while True:
-        first = random.randrange(12_000, 32_000 - count)
+        used = {connection.laddr.port for connection in psutil.net_connections("tcp")}
+        first = random.randrange(12_000 + worker * share, 12_000 + (worker + 1) * share - count)
         if used.isdisjoint(range(first, first + count)):
             return first
 
@@ -297,7 +299,8 @@ class Hive:
         answers = [self.ask(cmd="spawn", name=name) for name in names]
         assert all(answer["ok"] for answer in answers), answers
         deploys = [answer["deploy"] for answer in answers]
-        wait_for(lambda: all(self.phase(deploy) == "deployed" for deploy in deploys), f"the deploys of {names}")
+        patience_s = 30 + 10 * len(names)
+        wait_for(lambda: all(self.phase(one) == "deployed" for one in deploys), f"{names}", timeout_s=patience_s)
         if not running:
             assert self.ask(cmd="stop", scope={"agent_names": names})["ok"]
         return self

@@ -106,9 +106,11 @@ def test_two_turns_in_one_process_then_killed_and_resumed(harness: Harness, api:
 
 def test_mail_sent_while_a_tool_runs_is_read_in_that_turn(harness: Harness, api: Api) -> None:
     host = harness.host
-    first = host.put(script(shell("sleep 2"), {"text": "Both read."}))
+    first = host.put(script(shell("until test -e go; do sleep 0.1; done; sleep 1"), {"text": "Both read."}))
     host.wait_event("tool_call")
     second = host.put("by the way", "bob")
+    host.wait_event("mail")
+    (harness.state / "go").touch()
     host.wait_acked(first, second)
     host.wait_text("Both read.")
     assert host.kinds().count("turn_start") == 1 and len(host.of("mail")) == 1
@@ -288,7 +290,9 @@ def test_a_claude_that_prints_what_is_not_its_protocol(folder: Path) -> None:
     command = folder / "claude-with-a-greeting"
     command.write_text(f'#!/bin/sh\ntest -e {folder}/quiet || echo "Welcome."\nexec {CLAUDE} "$@"\n')
     command.chmod(0o755)
-    with Harness(folder, claude=str(command)) as harness:
+    harness = Harness(folder, claude=str(command))
+    harness.env["HYPERHIVE_BACKOFF_S"] = "3"
+    with harness:
         message = harness.host.put("hello")
         assert "Welcome." in failed_as(harness, Failure.GARBAGE, message)["reason"]
         (folder / "quiet").touch()
@@ -463,7 +467,7 @@ def test_a_claude_that_was_ending_when_the_mail_came_is_replaced_at_once(harness
 
 
 def test_a_task_in_the_background_keeps_the_process_and_starts_a_turn(folder: Path, api: Api) -> None:
-    with Harness(folder, claude=str(CLAUDE), warm_s=0.5) as harness:
+    with Harness(folder, claude=str(CLAUDE), warm_s=4) as harness:
         background = {"command": "sleep 2; echo finished", "run_in_background": True}
         steps = ({"tools": [{"name": "Bash", "input": background}]}, {"text": "It runs."}, {"text": "It has ended."})
         harness.host.wait_acked(harness.host.put(script(*steps)))
@@ -481,12 +485,13 @@ def test_a_long_command_in_the_foreground_keeps_no_idle_process(folder: Path) ->
 
 
 def test_a_paused_agent_starts_no_turn_when_its_task_ends(harness: Harness, api: Api) -> None:
-    background = {"command": "sleep 2; echo finished", "run_in_background": True}
+    background = {"command": "sleep 300; echo finished", "run_in_background": True}
     steps = ({"tools": [{"name": "Bash", "input": background}]}, {"text": "It runs."}, {"text": "It has ended."})
     harness.host.wait_acked(harness.host.put(script(*steps)))
+    assert processes_of(harness.folder, "sleep")
     harness.host.control("pause")
     harness.host.wait_state("paused")
-    wait_for(lambda: not processes_of(harness.folder, "sleep"), "the end of the task")
+    assert not processes_of(harness.folder, "sleep")
     assert not psutil.pid_exists(harness.claude_pid())
     assert len(harness.host.of("turn_start")) == 1
 
@@ -504,10 +509,14 @@ def test_a_model_that_is_chosen_between_turns_starts_none(harness: Harness, api:
 
 def test_sigkill_of_the_harness_before_claude_has_begun(harness: Harness, api: Api) -> None:
     done = harness.state / "done"
+    api.manner = "hang"  # so that the first Claude comes to no tool, however slow we are
     message = harness.host.put(script(shell(f"echo run >> {done}; sleep 1"), {"text": "Done."}))
     harness.host.wait_event("note")  # that it was started
+    first = harness.claude_pid()
     harness.end(signal.SIGKILL)
     harness.start()
+    wait_for(lambda: not psutil.pid_exists(first), "the end of the first Claude")
+    api.work()
     harness.host.wait_acked(message)
     assert done.read_text() == "run\n" and transcript_of(harness).count('"type":"user","message"') >= 1
     assert len(list(harness.folder.glob("claude/projects/*/*.jsonl"))) == 1

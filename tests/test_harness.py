@@ -60,9 +60,11 @@ def test_cost_is_the_difference_of_the_total_and_begins_anew_with_a_process(harn
 
 def test_mail_that_arrives_in_a_turn_is_read_in_that_turn(harness: Harness) -> None:
     host = harness.host
-    first = host.put(rehearse({"tool": "Bash", "input": {"command": "sleep 1"}}))
+    first = host.put(rehearse({"tool": "Bash", "input": {"command": "until test -e go; do sleep 0.1; done"}}))
     host.wait_event("tool_call")
     second = host.put("also this", "bob")
+    host.wait_event("mail")
+    (harness.state / "go").touch()
     host.wait_acked(first, second)
     host.wait_event("turn_end")
     assert host.kinds().count("turn_start") == 1
@@ -141,7 +143,7 @@ def test_text_is_shown_while_it_is_written(harness: Harness) -> None:
     harness.stop()
     harness.env["HYPERHIVE_REHEARSAL_SPEED"] = "0.5"
     harness.start()
-    harness.turn({"text": "one two three four five six seven eight nine ten"})
+    harness.turn({"text": "one two three " + "and so on " * 20})
     partials = harness.host.partials
     harness.host.wait(lambda: any(partial.startswith("one two") for partial in partials), "a part of the text")
 
@@ -157,7 +159,7 @@ def test_events_are_cut_and_lines_stay_below_the_limit(harness: Harness) -> None
 
 
 def test_one_process_serves_many_turns_and_is_resumed_after_it_was_idle(folder: Path) -> None:
-    with Harness(folder, warm_s=1) as harness:
+    with Harness(folder, warm_s=4) as harness:
         harness.turn({"text": "one"})
         first = harness.claude_pid()
         harness.turn({"text": "two"})
@@ -192,7 +194,8 @@ def test_an_unknown_session_begins_a_new_one(harness: Harness) -> None:
     harness.start()
     harness.turn({"text": "two"})
     assert not harness.host.of("turn_end", outcome="failed")
-    assert any("not known here" in note["text"] for note in harness.host.of("note"))
+    told = harness.host
+    told.wait(lambda: any("not known here" in note["text"] for note in told.of("note")), "the word of it")
 
 
 def test_a_claude_that_was_ending_when_the_mail_came_is_replaced_at_once(harness: Harness) -> None:
@@ -301,7 +304,7 @@ def test_what_an_agent_says_of_itself_survives_a_restart_of_the_harness(page: Ha
 def test_the_next_turn_that_was_asked_for_is_not_lost_with_the_host(harness: Harness) -> None:
     host = harness.host
     note = {"tool": "request_next_turn", "input": {"note": "go on"}}
-    host.put(rehearse(note, {"tool": "Bash", "input": {"command": "touch asked; sleep 2"}}))
+    host.put(rehearse(note, {"tool": "Bash", "input": {"command": "touch asked; sleep 5"}}))
     wait_for((harness.state / "asked").exists, "the second tool")
     host.stop()
     wait_for(lambda: "idle" in harness.log.read_text().splitlines()[-1], "the end of the turn")
@@ -397,7 +400,7 @@ def test_each_failure_has_the_remedy_of_the_table(folder: Path, failure: Failure
             assert parked["state"] == remedy.state and parked["reason"] == end["reason"]
             assert ("until" in parked) is (remedy.wait is not Wait.OPERATOR)
         if remedy.blame:  # it is dead after five, and the work goes on
-            host.wait(lambda: host.mail[message]["state"] == "dead", "it to be declared dead")
+            host.wait(lambda: host.mail[message]["state"] == "dead", "it to be declared dead", timeout_s=60)
             assert len(host.called("nack")) == 5
             harness.turn({"text": "and on it goes"})
         else:
@@ -413,7 +416,8 @@ def test_mail_that_fails_again_and_again_takes_no_other_down_with_it(harness: Ha
     host.paused = False
     host.control("resume")
     host.wait_acked(good, last)
-    assert host.mail[poison]["state"] == "dead" and host.mail[good]["blamed"] == host.mail[last]["blamed"] == 1
+    host.wait(lambda: host.mail[poison]["state"] == "dead", "it to be declared dead")
+    assert host.mail[good]["blamed"] == host.mail[last]["blamed"] == 1
 
 
 def test_a_limit_ends_by_itself_at_its_reset(harness: Harness) -> None:

@@ -48,17 +48,17 @@ def tab(request: pytest.FixtureRequest, team: Hive, open_tab: Callable[..., Tab]
 
 
 def test_text_is_shown_while_it_is_written(team: Hive, tab: Tab) -> None:
-    words = " ".join(f"word{number}" for number in range(60))
+    words = " ".join(f"word{number}" for number in range(200))
     team.cli("send", "alice", rehearse({"text": words}))
     writing = tab.page.locator(".live-text")
     expect(writing).to_contain_text("word5")
     expect(writing.locator(".cursor")).to_be_visible()
-    expect(writing).not_to_contain_text("word59")
+    expect(writing).not_to_contain_text("word199")
     turn = tab.page.locator("section.turn").last
-    expect(turn.locator(".prose").last).to_contain_text("word59")
+    expect(turn.locator(".prose").last).to_contain_text("word199")
     expect(writing).to_have_count(0)
     expect(turn.locator(".turn-line")).not_to_contain_text("running")
-    assert turn.locator(".step").filter(has_text="word59").count() == 2  # the mail that asked for it, and the text
+    assert turn.locator(".step").filter(has_text="word199").count() == 2  # the mail that asked for it, and the text
 
 
 def test_it_is_paused_and_given_another_model(team: Hive, tab: Tab) -> None:
@@ -247,7 +247,7 @@ def test_a_limit_says_when_it_goes_on_by_itself(team: Hive, tab: Tab) -> None:
     team.cli("send", "alice", rehearse({"fail": "rate_limit", "resets_in_s": 30}))
     heading = tab.page.locator(".agent-heading")
     expect(heading).to_contain_text("at its limit")
-    expect(heading).to_contain_text(re.compile(r"goes on at \d\d:\d\d, in \d+ s"))
+    expect(heading).to_contain_text(re.compile(r"goes on at .*\d\d:\d\d, in \d+ s"))
     turns = tab.page.locator("section.turn")
     known = turns.count()
     expect(turns.last).to_contain_text("The turn failed: A limit of the service is reached.")

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import browserbox
 import pytest
-from browserbox import Tab, card, settled
+from browserbox import Tab, card
 from hive import Hive, wait_for
 from nixos import NixosHive
 from playwright.sync_api import Route, expect
@@ -106,6 +106,10 @@ def check(hive: Hive, number: int, verdict: dict[str, Any], log: tuple[str, ...]
         database.executemany("INSERT INTO precheck_log (approval, n, line) VALUES (?, ?, ?)", rows)
 
 
+def deploys_of(hive: Hive) -> set[tuple[str, str]]:
+    return {(row["kind"], row["phase"]) for row in hive.api("GET", "/api/deploys").body["deploys"]}
+
+
 def deny_all(hive: Hive) -> None:
     for row in hive.api("GET", "/api/approvals?status=pending").body["approvals"]:
         assert hive.api("POST", f"/api/approvals/{row['id']}/deny", {}).status == 200
@@ -157,6 +161,7 @@ def test_an_error_is_marked_in_the_diff(team: Hive, folder: Path, tab: Tab) -> N
 
 @pytest.mark.needs("nix", "systemd-nspawn")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for containers")
+@pytest.mark.timeout(400)
 def test_the_verdict_comes_while_the_request_is_open(folder: Path, open_tab: Callable[..., Tab]) -> None:
     with NixosHive(folder, precheck="build") as hive:
         hive.spawn("manager")
@@ -257,9 +262,8 @@ def test_a_proposal_is_edited_and_then_approved(team: Hive, folder: Path, tab: T
     expect(tab.page.locator(".diff .added").filter(has_text="bettered")).to_be_visible()
     newest.get_by_role("button", name="Roll alice back to what ran before").click()
     newest.get_by_role("button", name="Roll alice back", exact=True).click()
-    back = tab.page.get_by_role("main").locator(".row").filter(has_text="roll back")
-    expect(back).to_contain_text("deployed")
-    wait_for(lambda: settled(team), "the roll-back to end")
+    wait_for(lambda: ("rollback", "deployed") in deploys_of(team), "the roll-back to end")
+    expect(tab.page.get_by_role("main").locator(".row").filter(has_text="roll back").first).to_contain_text("deployed")
     tab.go(f"approvals/{number}")
     expect(card(tab, "to change alice")).to_contain_text("Approved by you")
 

@@ -169,15 +169,15 @@ def test_the_end_of_a_sign_in_is_shown_before_it_comes(hive: Hive, open_tab: Cal
     tab = open_tab(f"{hive.url}/#token={hive.token}")
     tab.expected = ["ERR_"]
     file = hive.state / "agents/alice/claude/.credentials.json"
-    soon = time.time() + 3 * 86_400 + 8  # in a moment three days are left, though then nothing happens here
+    soon = time.time() + 3 * 86_400 + 20  # in a moment three days are left, though then nothing happens here
     file.write_text(json.dumps({"claudeAiOauth": {"accessToken": "made-up", "expiresAt": int(soon * 1000)}}))
     hive.cli("send", "alice", rehearse({"text": "one"}))
     wait_for(lambda: "signed_in_until" in row_of(hive, "alice"), "the time")
     assert not worries(hive)
     notice = card(tab, "alice's sign-in ends soon")
-    expect(notice).to_contain_text("sign in again before that", timeout=30_000)
+    expect(notice).to_contain_text("sign in again before that", timeout=60_000)
     begin(tab, REHEARSED)
     give(tab, "right#state")
     expect(notice).to_have_count(0)
     tab.go("agents/alice")
-    expect(tab.page.locator(".fact").filter(has_text="signed in")).to_contain_text(re.compile("until .*30 d"))
+    expect(tab.page.locator(".fact").filter(has_text="signed in")).to_contain_text(re.compile("until .*(29|30) d"))

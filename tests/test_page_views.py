@@ -61,7 +61,7 @@ def spend(database: sqlite3.Connection) -> None:
     known = {"model": "sonnet", "input_tokens": 900, "output_tokens": 80, "duration_ms": 5000}
     for n, name in enumerate(NAMES[:3]):
         for back in range(4):
-            day = time.strftime("%Y-%m-%d", time.gmtime(time.time() - back * 86_400))
+            day = time.strftime("%Y-%m-%d", time.localtime(time.time() - back * 86_400))
             row = known | {"agent": name, "day": day, "turn": f"{name}{back}", "cost_usd": 0.3 * (n + 1), "at": 1}
             row |= {"cache_read_tokens": 0, "cache_creation_tokens": 0}
             row = {key: value for key, value in row.items() if key in columns}

@@ -70,6 +70,7 @@ def test_files_go_along_with_a_message(team: Hive, tab: Tab, tmp_path: Path) -> 
     expect(chips(tab)).to_have_count(2)
     tab.page.locator(".composer").evaluate(DROP)
     expect(chips(tab)).to_have_count(4)
+    expect(chips(tab).get_by_role("status")).to_have_count(0)  # all have arrived
     chips(tab).filter(has_text="one.txt").get_by_role("button", name="Remove one.txt").click()
     expect(chips(tab)).to_have_count(3)
     assert names_of_files(team) == {"quarterly-report.md", "image.png", "two.txt"}
@@ -114,7 +115,8 @@ def test_attached_files_are_listed_and_deleted_after_a_question(team: Hive, tab:
     held: list[Route] = []
     tab.page.route(re.compile("/api/files\\?name="), lambda route: held.append(route))
     small = {"name": "old.txt", "mimeType": "text/plain", "buffer": b"x"}
-    tab.page.locator("input[type=file]").set_input_files([small])  # type: ignore[list-item]
+    with tab.page.expect_request(re.compile(r"/api/files\?name=")):
+        tab.page.locator("input[type=file]").set_input_files([small])  # type: ignore[list-item]
     expect(chips(tab)).to_contain_text("1 byte")
     tab.go("system")
     expect(tab.page.get_by_role("main")).to_contain_text("Attached files")

@@ -127,7 +127,7 @@ def test_what_is_found_out_about_a_config(hive: NixosHive, case: precheck.Case) 
 
 
 def test_a_build_that_hangs_is_ended(folder: Path) -> None:
-    with NixosHive(folder, precheck="build", precheck_timeout_s=6.0) as hive:
+    with NixosHive(folder, precheck="build", precheck_timeout_s=20.0) as hive:
         asked = hive.propose("alice", SLOW)
         precheck.HANGS.check(verdict(hive, asked), log(hive, asked))
         wait_for(lambda: not builders(), "the end of the build")

@@ -136,7 +136,7 @@ def test_ended_in_the_middle_and_begun_again(demo: Demo) -> None:
     steps = [{"tool": "Bash", "input": {"command": "touch $HYPERHIVE_STATE/began; sleep 300"}}]
     demo.ask(cmd="send", to="manager", body=f"rehearse: {json.dumps(steps)}")
     wait_for((demo.state / "agents/manager/state/began").exists, "the manager's tool")
-    assert "sleep" in {process.name() for process in processes_of(demo.folder)}
+    wait_for(lambda: processes_of(demo.folder, "sleep"), "its next command")
     demo.end(signal.SIGINT)
     (demo.state / "agents/manager/state/began").unlink()
     again = "\n".join(demo.begin())

@@ -77,8 +77,8 @@ def test_a_budget_tells_at_eighty_percent_and_pauses_at_its_end(folder: Path) ->
     with crewed(folder, "alice", "bob", daily_budget_usd=1.0) as hive:
         turn(hive, {"cost": 0.5})
         assert not told(hive, "budget_near")
-        spent = at_page(hive, "GET", "/api/state").body["agent"]
-        assert (spent["cost_today_usd"], spent["daily_budget_usd"]) == (0.5, 1.0)
+        wait_for(lambda: at_page(hive, "GET", "/api/state").body["agent"]["cost_today_usd"] == 0.5, "the sum")
+        assert at_page(hive, "GET", "/api/state").body["agent"]["daily_budget_usd"] == 1.0
         turn(hive, {"cost": 0.35})
         wait_for(lambda: told(hive, "budget_near"), "the warning")
         turn(hive, {"cost": 0.05})
@@ -210,7 +210,7 @@ def test_text_reaches_the_dashboard_while_it_is_written(folder: Path, monkeypatc
     monkeypatch.setenv("HYPERHIVE_REHEARSAL_SPEED", "0.5")
     with crewed(folder, "alice") as hive, following(hive, "alice") as changes:
         next(changes)  # the snapshot
-        hive.ask(cmd="send", to="alice", body=rehearse({"text": "one two three four five six seven eight nine ten"}))
+        hive.ask(cmd="send", to="alice", body=rehearse({"text": "one two three " + "and so on " * 20}))
         events = (event for change in changes for event in change.get("events", []))
         partial = next(event for event in events if event["kind"] == "partial")
         assert partial["id"] == 0 and "one two three".startswith(partial["data"]["text"][:7])

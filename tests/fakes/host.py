@@ -58,6 +58,7 @@ class Host:
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
             self._listener.close()
+            self._threads[0].join()  # that accepts: now all connections are known
             self.path.unlink(missing_ok=True)
         for connection in list(self._connections):
             connection.close()
