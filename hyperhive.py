@@ -8160,7 +8160,8 @@ def doctors_checks(config: Config) -> dict[str, Callable[[], Verdict]]:
         checks["daemon"] = functools.partial(Verdict, False, error.message, error.hint or "see its log")
         checks["port"] = lambda: check_port(config)
     if containers == "process":
-        checks["Claude Code"] = lambda: check_claude(config)
+        rehearsal = any(row.get("rehearsal") for row in agents or [])
+        checks["Claude Code"] = lambda: check_claude(config, rehearsal=rehearsal)
     else:
         checks |= {"nixos-container": check_nixos_container, "flakes": check_flakes}
         if agents is not None:
@@ -8219,7 +8220,9 @@ def check_agent_ports(config: Config, agents: list[Json]) -> Verdict:
     return Verdict(not taken, ", ".join(taken) or "none is taken by others", "end that process: a name has one port")
 
 
-def check_claude(config: Config) -> Verdict:
+def check_claude(config: Config, *, rehearsal: bool) -> Verdict:
+    if rehearsal:
+        return Verdict(True, "played by a rehearsal", "")
     path = shutil.which(words_of(config.claude)[0])
     return Verdict(bool(path), path or f"{config.claude} is missing", "install it, or set `claude`")
 

@@ -465,7 +465,8 @@ def test_doctor_survives_a_check_that_can_not_be_made(folder: Path) -> None:
 def test_doctor_names_who_sits_on_an_agents_port(hive: Hive) -> None:
     hive.spawn("alice")
     port = int(re.findall(r":(\d+)/", data(hive, "status", "alice")["agent"]["url"])[0])
-    assert findings_of(*HYPERHIVE, "--dir", hive.folder)["agents' ports"]["ok"]
+    found = findings_of(*HYPERHIVE, "--dir", hive.folder)
+    assert found["agents' ports"]["ok"] and found["Claude Code"]["found"] == "played by a rehearsal"
     with socket.create_server(("127.0.0.1", port)):
         found = findings_of(*HYPERHIVE, "--dir", hive.folder)["agents' ports"]
     assert not found["ok"] and f"{port} of alice is taken by pid {os.getpid()}" in found["found"]

@@ -74,7 +74,7 @@ def test_each_verb_answers_with_its_key(crew: Hive, folder: Path) -> None:
         ({"cmd": "agent_status"}, {"agent_statuses"}),
         ({"cmd": "agents"}, {"agents", "containers"}),
         ({"cmd": "urls"}, {"urls"}),
-        ({"cmd": "pending"}, {"approvals", "questions"}),
+        ({"cmd": "pending"}, {"approvals", "questions", "attention"}),
         ({"cmd": "show", "id": a_request(crew)}, {"approval"}),
         ({"cmd": "approve", "id": a_request(crew)}, set()),
         ({"cmd": "deny", "id": a_request(crew), "note": "no"}, set()),
