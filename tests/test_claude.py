@@ -159,6 +159,18 @@ def test_a_picture_that_claude_reads_is_kept_if_it_is_small(harness: Harness) ->
     assert "pictures" not in large
 
 
+def test_what_a_sub_agent_does_is_told_as_its(harness: Harness) -> None:
+    host = harness.host
+    order = script(shell("echo from below"), {"text": "Looked."})
+    task = {"description": "Look", "prompt": order, "subagent_type": "general-purpose", "run_in_background": False}
+    host.wait_acked(host.put(script({"tools": [{"name": "Agent", "input": task}]}, {"text": "All done."})))
+    host.wait_text("All done.")
+    call = next(event for event in host.of("tool_call") if event["name"] == "Agent")
+    below = [event for kind in ("tool_call", "tool_result") for event in host.of(kind) if "parent" in event]
+    assert [event.get("name", "result") for event in below] == ["Bash", "result"]
+    assert {event["parent"] for event in below} == {call["tool_use_id"]}
+
+
 # ── failures: each ends as harness.REMEDIES says, and what comes after it needs no restart ──
 
 

@@ -75,6 +75,21 @@ def test_it_is_paused_and_given_another_model(team: Hive, tab: Tab) -> None:
     expect(side.locator(".fact").filter(has_text="context")).to_contain_text("% of")
 
 
+def test_its_conversation_is_compacted_and_begun_anew_on_a_phone(team: Hive, open_tab: Callable[..., Tab]) -> None:
+    team.cli("send", "alice", rehearse({"text": "There is something to compact."}))
+    wait_for(lambda: row_of(team, "alice")["state"] == "idle", "the turn to end")
+    phone = {"viewport": {"width": 360, "height": 780}, "device_scale_factor": 2, "has_touch": True}
+    tab = open_tab(row_of(team, "alice")["url"], **phone)
+    main = tab.page.get_by_role("main")
+    tab.page.get_by_role("button", name="State").click()
+    tab.page.get_by_role("button", name="Compact").click()
+    expect(main).to_contain_text("compacted")
+    tab.page.get_by_role("button", name="New session").click()
+    tab.page.get_by_role("button", name="Begin a new session").click()
+    expect(main).to_contain_text("A new session was asked for.")
+    assert tab.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
 def test_who_has_it_at_the_keyboard_is_told(team: Hive, tab: Tab) -> None:
     argv = [*HYPERHIVE, "--dir", str(team.folder), "attach", "alice"]
     with subprocess.Popen(argv, stdin=-1, stdout=subprocess.DEVNULL, stderr=-1) as command:
