@@ -45,6 +45,7 @@ import math
 import os
 import queue
 import re
+import resource
 import secrets
 import select
 import selectors
@@ -783,8 +784,12 @@ def run(
     timeout_s: float = 60.0,
     accept: Iterable[int] = (0,),
     max_bytes: int = 16 * 1024 * 1024,
+    memory_bytes: int | None = None,
 ) -> Finished:
-    """Run a command to its end. `Refused` names it when it is missing, fails, hangs or says too much."""
+    """Run a command to its end. `Refused` names it when it is missing, fails, hangs or says too much.
+
+    `memory_bytes` is what it, and each process that it starts, may map.
+    """
     shown, deadline = shlex.join(argv), time.monotonic() + timeout_s
     log.debug("run: %s", shown)
     with tempfile.TemporaryFile() as given:
@@ -800,6 +805,8 @@ def run(
             start_new_session=True,
         )
     try:
+        if memory_bytes is not None:
+            resource.prlimit(child.pid, resource.RLIMIT_AS, (memory_bytes, memory_bytes))
         stdout, stderr = read_output(child, argv[0], max_bytes, deadline)
         child.wait(max(0.0, deadline - time.monotonic()))
     except (TimeoutError, subprocess.TimeoutExpired):
@@ -2256,7 +2263,8 @@ class Budgets:
 # An agent's config is a bare repository below `applied/` that only the host writes. A proposal comes as
 # the bytes of a git bundle; it is unpacked and checked in a quarantine of its own, so that what is
 # refused leaves nothing behind. Git runs without any configuration but ours: a bundle carries objects,
-# never config or hooks, and no checkout is ever made.
+# never config or hooks, and no checkout is ever made. A small bundle can unpack to gigabytes, deltas in
+# memory: what git may map has a ceiling, and no object that is taken over is larger than a file may be.
 
 BUILD_REFS: Final = "refs/builds/"  # Nix fetches a commit by a ref that holds it
 EMPTY_TREE: Final = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # git's own constant for SHA-1 repositories
@@ -2264,7 +2272,9 @@ DIFF_MAX: Final = 4 * 1024 * 1024
 BUNDLE_MARKS: Final = (b"# v2 git bundle\n", b"# v3 git bundle\n")
 FORBIDDEN_FILES: Final = frozenset({"flake.nix", "flake.lock"})
 WHOLE: Final = 1_000_000  # lines of context around each change
-READ_MAX: Final = 1024 * 1024
+READ_MAX: Final = 256 * 1024
+CUT: Final = re.compile(r"\n… \((\d+) bytes more\)\n\Z")  # no line of a diff begins like that
+GIT_MEMORY: Final = 1024 * 1024 * 1024
 TOUCHES: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
     (re.compile(r"\bsystemPackages\b"), "programs that its shell finds"),
     (re.compile(r"\bservices\.hyperhive\.harness\b"), "how its Claude is run or prompted"),
@@ -2282,6 +2292,7 @@ NIX_WORDS: Final = re.compile(
     """,
     re.DOTALL | re.VERBOSE,
 )
+ONLY_COMMENT: Final = re.compile(r"\s*(#[^\r]*)?")
 HUNK: Final = re.compile(r"@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@")
 
 
@@ -2292,8 +2303,9 @@ def git(
     accept: Iterable[int] = (0,),
     index: Path | None = None,
     author: str = "hyperhive",
+    timeout_s: float = 60.0,
 ) -> bytes:
-    """Git without the machine's or anybody's configuration, hooks, helpers or prompts."""
+    """Git in the bare repository `cwd`, without anybody's configuration, hooks, helpers or prompts."""
     program = os.environ.get("HYPERHIVE_GIT") or shutil.which("git")
     if not program:
         raise Refused("unsupported", "git is not installed", "install it, or set HYPERHIVE_GIT to its absolute path")
@@ -2305,7 +2317,8 @@ def git(
         "protocol.allow": "never",
         "protocol.file.allow": "always",
         "fetch.fsckObjects": "true",
-        "core.bigFileThreshold": "16m",  # larger ones are not read into memory: a small bundle can unpack to gigabytes
+        "core.bigFileThreshold": "16m",  # larger ones are streamed where that can be done: not as deltas
+        "pack.threads": "1",  # each would map memory of its own
         "safe.directory": "*",
     }
     argv = [program, *(part for key, value in settings.items() for part in ("-c", f"{key}={value}")), *arguments]
@@ -2313,6 +2326,7 @@ def git(
         "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
         "HOME": "/nonexistent",
         "LC_ALL": "C.UTF-8",
+        "GIT_DIR": ".",  # or one that is broken would be passed over for a repository around it
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_CONFIG_GLOBAL": "/dev/null",
         "GIT_ATTR_NOSYSTEM": "1",
@@ -2323,7 +2337,8 @@ def git(
         "GIT_COMMITTER_EMAIL": "hyperhive@localhost",
         **({"GIT_INDEX_FILE": str(index)} if index else {}),
     }
-    return run(argv, env=env, cwd=cwd, stdin=stdin, accept=accept).stdout
+    done = run(argv, env=env, cwd=cwd, stdin=stdin, accept=accept, timeout_s=timeout_s, memory_bytes=GIT_MEMORY)
+    return done.stdout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2350,14 +2365,13 @@ class Repositories:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self.proposing = threading.Lock()  # for who takes a proposal over: what one may use up, not each connection
 
     def exists(self, name: str) -> bool:
-        return (self._config.repository(name) / "HEAD").exists()
+        return (self._config.repository(name) / "objects").exists()  # which `git init` makes last
 
     def create(self, name: str) -> None:
-        """An empty repository; a no-op where there is one."""
-        if self.exists(name):
-            return
+        """An empty repository. Harmless to repeat, wherever it was broken off."""
         self._create(self._config.repository(name))
 
     @staticmethod
@@ -2407,7 +2421,7 @@ class Repositories:
         folder, paths = self._config.repository(name), self.paths(self._config.repository(name), sha)
         return {path: git("cat-file", "blob", f"{sha}:{path}", cwd=folder).decode(errors="replace") for path in paths}
 
-    def accept_bundle(self, name: str, sha: str, bundle: bytes) -> None:
+    def accept_bundle(self, name: str, sha: str, base: str | None, bundle: bytes) -> None:
         """Check a proposed commit in quarantine and take it over, or refuse it with the reason."""
         check_sha(sha)
         if not bundle.startswith(BUNDLE_MARKS):
@@ -2428,6 +2442,7 @@ class Repositories:
                 why = error.message.rpartition(" failed with ")[2]
                 raise Refused("bad_config", f"git can't take that bundle: {why}") from None
             self._check_commit(quarantine, sha)
+            self._check_history(quarantine, name, sha, base)
             git("update-ref", "refs/heads/accepted", sha, cwd=quarantine)
             git(
                 "fetch",
@@ -2460,11 +2475,32 @@ class Repositories:
         if "agent.nix" not in paths:
             raise Refused("bad_config", "the config has no agent.nix", "agent.nix must be at the top of the repository")
 
+    def _check_history(self, folder: Path, name: str, sha: str, base: str | None) -> None:
+        """All that the commit brings along, also what only older commits hold; and that it goes on from `base`."""
+        brought = git("rev-list", "--objects", "--no-object-names", sha, "--not", "--alternate-refs", cwd=folder)
+        sizes = git("cat-file", "--batch-check=%(objectsize)", cwd=folder, stdin=brought)
+        largest, most = max(map(int, sizes.split()), default=0), self._config.limits.config_file_bytes
+        if largest > most:
+            raise Refused(
+                "bad_config",
+                f"an older commit in the bundle holds {largest} bytes in one piece; at most {most} are allowed",
+                "check the config out again, and commit only what it needs",
+            )
+        # False for a history that was rewritten, or that began before the last deploy.
+        if base is not None and int(git("rev-list", "--count", base, f"^{sha}", cwd=folder)):
+            raise Refused(
+                "bad_config",
+                f"{sha[:12]} is not built on {base[:12]}, which {name} runs: it would undo what was approved",
+                "check the config out again, and commit on top of that",
+            )
+
     def _check_entry(self, entry: bytes) -> str:
         meta, _, raw = entry.partition(b"\t")
         mode, _, _, size = meta.decode().split()
         path = raw.decode(errors="backslashreplace")
         shown = path.encode("unicode_escape").decode()
+        if not path.isprintable() or {"\\", '"'} & set(path):  # git would write these otherwise than they are
+            raise Refused("bad_config", f"the name {shown} is not plain text", "no control characters, quotes or \\")
         if mode == "120000":
             raise Refused("bad_config", f"{shown} is a symbolic link", "configs hold plain files only")
         if mode == "160000":
@@ -2484,14 +2520,21 @@ class Repositories:
         """A commit that was taken over has its approval's name by now, or no one wants it."""
         git("update-ref", "-d", f"refs/accepted/{sha}", cwd=self._config.repository(name))
 
-    def keep_proposal(self, name: str, approval: int, sha: str) -> str:
-        """Name an accepted commit after its approval; returns the ref."""
-        ref = f"refs/proposals/{approval}"
-        git("update-ref", ref, sha, cwd=self._config.repository(name))
-        return ref
+    def keep_proposal(self, name: str, approval: int, sha: str) -> None:
+        """Name an accepted commit after its approval."""
+        git("update-ref", proposal_ref(approval), sha, cwd=self._config.repository(name))
+
+    def forget_proposals(self, name: str, approvals: Sequence[int]) -> None:
+        """Take these names away, and from the disk what had no other: a day later, as somebody may be at work."""
+        if not self.exists(name):
+            return
+        folder = self._config.repository(name)
+        for approval in approvals:
+            git("update-ref", "-d", proposal_ref(approval), cwd=folder)
+        git("gc", "--quiet", "--prune=1.day.ago", cwd=folder, timeout_s=20)  # within the time of a watchdog
 
     def diff(self, name: str, base: str | None, sha: str) -> Diff:
-        """Made once; what is longer than `DIFF_MAX` says so at its end."""
+        """Made once. What is longer than `DIFF_MAX` says so at its end; of what is far longer there is none."""
         raw = self._git_diff(name, base, sha)
         text = raw[:DIFF_MAX].decode(errors="replace")
         text += f"\n… ({len(raw) - DIFF_MAX} bytes more)\n" if len(raw) > DIFF_MAX else ""
@@ -2507,11 +2550,6 @@ class Repositories:
         """Everything as text: a file must not hide what it says by a NUL in it."""
         options = ("--text", "--no-color", "--no-ext-diff", "--no-textconv", "--full-index", "--find-renames", *more)
         return git("diff", *options, base or EMPTY_TREE, sha, "--", cwd=self._config.repository(name))
-
-    def is_built_on(self, name: str, sha: str, base: str) -> bool:
-        """False for a history that was rewritten, or that began before the last deploy."""
-        count = git("rev-list", "--count", base, f"^{sha}", cwd=self._config.repository(name))
-        return int(count) == 0
 
     def bundle(self, name: str) -> tuple[bytes, str]:
         """`main` as a bundle, and its sha."""
@@ -2534,6 +2572,10 @@ class Repositories:
         git("update-ref", f"refs/tags/deployed/{deploy}", sha, cwd=folder)
 
 
+def proposal_ref(approval: int) -> str:
+    return f"refs/proposals/{approval}"
+
+
 def agent_template() -> str:
     """The config of an agent for which nobody proposed one; also what the flake's template copies."""
     return (HERE / "static" / "agent.nix").read_text()
@@ -2551,21 +2593,32 @@ def first_diff(text: str) -> Diff:
 def diff_lines(diff: str) -> Iterator[tuple[str, str]]:
     """A diff as (mark, text): "file" and its path, then " ", "+" or "-" and a line of it."""
     old = new = 0  # lines that the hunk still has
+    path = ""  # until it is told
     for line in diff.split("\n"):
         if (old > 0 or new > 0) and line[:1] in (" ", "+", "-"):
             old -= line[0] != "+"
             new -= line[0] != "-"
             yield line[0], line[1:]
         elif line.startswith("diff --git "):
-            yield "file", _path_in(line.removeprefix("diff --git "))
+            if path:
+                yield "file", path
+            names = line.removeprefix("diff --git ")  # `a/PATH b/PATH`; if there are two, the new one follows
+            path = names[len(names) // 2 + 1 :].strip('"')[2:]
+        elif line.startswith("rename to "):
+            path = line.removeprefix("rename to ").strip('"')
         elif match := HUNK.match(line):
+            if path:
+                yield "file", path
+            path = ""
             old, new = (int(count or 1) for count in match.groups())
+    if path:
+        yield "file", path
 
 
-def _path_in(names: str) -> str:
-    """`a/PATH b/PATH`, where the path may hold spaces, too; for a file that was renamed, the new name."""
-    before, after = names[: len(names) // 2], names[len(names) // 2 + 1 :]
-    return after.strip('"')[2:] if before.strip('"')[2:] == after.strip('"')[2:] else names.rpartition(" b/")[2]
+def cut_bytes(diff: str) -> int | None:
+    """How much of it was left out at its end."""
+    match = CUT.search(diff[-80:])
+    return int(match[1]) if match else None
 
 
 def diff_files(diff: str) -> list[Json]:
@@ -2581,38 +2634,45 @@ def diff_files(diff: str) -> list[Json]:
 
 def touches(diff: str) -> tuple[str, ...]:
     """What a change reaches into, for the eye: judged by its words and the attributes around them, not evaluated."""
-    changed: set[str] = set()
+    changed: set[str] = set()  # lines, and the attributes in which they lie
+    room = 2 * READ_MAX  # there can be a long attribute for each short line
     sides: dict[str, list[tuple[bool, str]]] = {}
-    for mark, text in [*diff_lines(diff[:READ_MAX]), ("file", "")]:
+    for mark, text in itertools.chain(diff_lines(diff[:READ_MAX]), [("file", "")]):
         if mark == "file":
-            changed.update(*map(_changed_words, sides.values()))
+            for words in itertools.chain(*map(_changed_words, sides.values())):
+                if room >= 0 and words not in changed:
+                    changed.add(words)
+                    room -= len(words)
             sides = {"-": [], "+": []}
             continue
         for side in sides if mark == " " else mark:
             sides[side].append((mark != " ", text))
     found = [words for pattern, words in TOUCHES if any(pattern.search(text) for text in changed)]
-    return (*found, "more than was looked through") if len(diff) > READ_MAX else tuple(found)
+    return (*found, "more than was looked through") if len(diff) > READ_MAX or room < 0 else tuple(found)
 
 
 def _changed_words(lines: list[tuple[bool, str]]) -> Iterator[str]:
-    """Each changed line that is more than a comment, behind the attribute that it lies in."""
+    """Each changed line that is more than a comment, and the attribute that it lies in."""
     for (is_changed, text), scope in zip(lines, nix_scopes([text for _, text in lines]), strict=True):
-        if is_changed and not re.fullmatch(r"\s*(#[^\r]*)?", text):
-            yield f"{scope} {text}"
+        if is_changed and not ONLY_COMMENT.fullmatch(text):
+            yield text
+            yield scope
 
 
-def nix_scopes(lines: list[str]) -> list[str]:
+def nix_scopes(lines: list[str]) -> Iterator[str]:
     """For each line of a Nix text the attribute that is being defined where it begins: "services.nginx", say."""
-    text, found = "\n".join(lines), list[str]()
+    text, told = "\n".join(lines), 0
     starts = list(itertools.accumulate((len(line) + 1 for line in lines), initial=0))
     stack, attribute, name, withs = [""], "", "", 0
-
-    def tell_until(place: int) -> None:
-        while len(found) < len(lines) and starts[len(found)] <= place:
-            found.append(".".join(filter(None, [*stack[:20], attribute])))
-
-    for match in NIX_WORDS.finditer(text):
-        tell_until(match.start())
+    for match in itertools.chain(NIX_WORDS.finditer(text), [None]):
+        place = match.start() if match else len(text)
+        if told < len(lines) and starts[told] <= place:
+            scope = ".".join(filter(None, [*stack[:20], attribute]))
+            while told < len(lines) and starts[told] <= place:
+                yield scope
+                told += 1
+        if match is None:
+            return
         word = match["name"] or match["mark"]
         if match["name"]:
             name = re.sub(r"\s", "", word[:200])
@@ -2626,8 +2686,6 @@ def nix_scopes(lines: list[str]) -> list[str]:
             attribute = ""
         elif word in ("}", "]", ")", "in") and len(stack) > 1:
             attribute = stack.pop()
-    tell_until(len(text))
-    return found
 
 
 def remove_tree(folder: Path) -> None:
@@ -2732,10 +2790,8 @@ class Approvals:
         """File a request; returns its id, or that of the same request when one is pending, or may be so again."""
 
         def work(tx: Tx) -> int:
-            same = tx.value(SAME_SQL, request.fingerprint, now_ms())
-            if same is not None:
-                return int(same)
-            self._check(tx, request)
+            if (same := self._same(tx, request)) is not None:
+                return same
             approval = tx.insert(
                 "approvals",
                 kind=request.kind,
@@ -2752,13 +2808,22 @@ class Approvals:
                 cause=json.dumps(self._broker.in_hand(tx, actor.name)),
             )
             if request.kind is Kind.APPLY:
-                ref = f"refs/proposals/{approval}"
-                tx.execute("UPDATE approvals SET commit_ref = ? WHERE id = ?", ref, approval)
+                tx.execute("UPDATE approvals SET commit_ref = ? WHERE id = ?", proposal_ref(approval), approval)
             tx.audit(actor, f"request_{request.kind}", request.agent, f"approval {approval}")
             tx.changed("approval", approval)
             return approval
 
         return self._store.write(work)
+
+    def same(self, request: Request) -> int | None:
+        """The request that says this already. Refuses one that could not be filed, before any work is done for it."""
+        return self._store.write(lambda tx: self._same(tx, request))
+
+    def _same(self, tx: Tx, request: Request) -> int | None:
+        same: int | None = tx.value(SAME_SQL, request.fingerprint, now_ms())
+        if same is None:
+            self._check(tx, request)
+        return same
 
     def _check(self, tx: Tx, request: Request) -> None:
         limit = self._config.limits.pending_approvals
@@ -3021,6 +3086,24 @@ class Approvals:
             tx.execute("DELETE FROM agents WHERE name = ?", name)
         tx.execute("UPDATE agents SET kept = 1, wanted = 0 WHERE name = ?", name)
         tx.changed("agent", name)
+
+    def forget_old(self, repositories: Repositories) -> None:
+        """Retention: what was decided 30 days ago keeps its row, not its diff and its commit. Each hour one agent's."""
+        old = "SELECT id, agent FROM approvals WHERE resolved_at < ? AND (diff != '' OR commit_ref NOT NULL)"
+        rows = self._store.rows(old, now_ms() - 30 * DAY_MS)
+        agent = rows[0]["agent"] if rows else ""
+        ids = [row["id"] for row in rows if row["agent"] == agent]
+        if not ids:
+            return
+        repositories.forget_proposals(agent, ids)
+        blank = "UPDATE approvals SET diff = '', commit_ref = NULL WHERE id = ?"
+
+        def work(tx: Tx) -> None:
+            for approval in ids:
+                tx.execute(blank, approval)
+                tx.changed("approval", approval)
+
+        self._store.write(work)
 
     def remind_waiting(self) -> None:
         """Called each tick: a request that waits too long is brought up once more."""
@@ -4861,6 +4944,7 @@ class Views:
         return shown | {
             "diff": row["diff"],
             "files": diff_files(row["diff"]),
+            **without_none(cut_bytes=cut_bytes(row["diff"])),
             "touches": json.loads(row["touches"]),
             "thread": self._thread(json.loads(row["cause"])),
             "earlier": self._earlier(row),
@@ -5908,20 +5992,18 @@ class Requests:
             raise Refused("bad_request", "the field 'bundle' is no base64") from None
         if sha == deployed:
             raise Refused("conflict", f"{sha[:12]} is what {name} runs already", "commit a change first")
-        self._s.repositories.accept_bundle(name, sha, raw)
-        try:
-            if deployed is not None and not self._s.repositories.is_built_on(name, sha, deployed):
-                raise Refused(
-                    "bad_config",
-                    f"{sha[:12]} is not built on {deployed[:12]}, which {name} runs: it would undo what was approved",
-                    "check the config out again, and commit on top of that",
-                )
-            diff = self._s.repositories.diff(name, deployed, sha)
-            request = Request(Kind.APPLY, name, description, sha=sha, base_sha=deployed, diff=diff)
-            approval = self._s.approvals.request(actor, request)
-            self._s.repositories.keep_proposal(name, approval, sha)
-        finally:
-            self._s.repositories.release(name, sha)
+        request, repositories = Request(Kind.APPLY, name, description, sha=sha, base_sha=deployed), self._s.repositories
+        with repositories.proposing:
+            same = self._s.approvals.same(request)
+            if same is not None:
+                return same
+            repositories.accept_bundle(name, sha, deployed, raw)
+            try:
+                shown = dataclasses.replace(request, diff=repositories.diff(name, deployed, sha))
+                approval = self._s.approvals.request(actor, shown)
+                repositories.keep_proposal(name, approval, sha)
+            finally:
+                repositories.release(name, sha)
         return approval
 
     def update_inputs(self, actor: Actor, target: str, description: str | None) -> int:
@@ -7089,7 +7171,7 @@ class Routes:
             if self._s.store.row("SELECT 1 FROM deploys WHERE agent = ? AND sha = ?", name, sha) is None:
                 raise Refused("not_found", f"{name} never had the config {sha[:12]}")
         diff = self._s.repositories.diff(name, *shas).text
-        return {"diff": diff, "files": diff_files(diff)}
+        return {"diff": diff, "files": diff_files(diff), **without_none(cut_bytes=cut_bytes(diff))}
 
     def approvals(self) -> Json:
         status = self._word("status", Status)
@@ -7580,7 +7662,7 @@ class Daemon:
         return services
 
     def _keep_time(self, services: Services) -> None:
-        cleaned = 0.0
+        cleaned = -math.inf
         while not self._stop.wait(TICK_S):
             self._systemd.beat()
             chores: list[Callable[[], None]] = [
@@ -7597,6 +7679,7 @@ class Daemon:
             if time.monotonic() - cleaned > 3600:
                 cleaned = time.monotonic()
                 chores.append(services.broker.forget_old)
+                chores.append(functools.partial(services.approvals.forget_old, services.repositories))
             for chore in chores:
                 try:
                     chore()

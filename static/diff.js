@@ -39,7 +39,8 @@ function path_of_header(line) {
 }
 
 function take_header(file, line) {
-  if (line.startsWith("+++ b/")) file.path = line.slice(6);
+  if (line.startsWith("+++ b/")) file.path = line.slice(6).replace(/\t$/, "");
+  else if (line.startsWith("rename to ")) file.path = line.slice(10);
   else if (line.startsWith("new file")) file.note = line.endsWith(" 100755") ? "new, executable" : "new";
   else if (line.startsWith("new mode")) file.note = line.endsWith(" 100755") ? "now executable" : "not executable now";
   else if (line.startsWith("deleted file")) file.note = "deleted";

@@ -464,6 +464,35 @@ REACHES: list[tuple[bytes, bytes, list[str]]] = [
 ]
 
 
+def test_a_change_that_reaches_into_too_much_says_so(crew: Hive, source: Source) -> None:
+    """Each short line of it lies in a long attribute of its own."""
+    deep = "".join(f"{'x' * 190} = {{" for _ in range(15))
+    text = deep + "".join(f"\n}} a{number} = {{" for number in range(12_000))
+    approval, _ = proposed(crew, source, {"agent.nix": text.encode()})
+    assert show(crew, approval)["touches"][-1] == "more than was looked through"
+    crew.ask(cmd="deny", id=approval)
+
+
+def test_a_very_long_diff_says_how_much_is_left_out(crew: Hive, source: Source) -> None:
+    files = {f"f{number}": b"x\n" * (MIB // 2) for number in range(4)}
+    for more, is_cut in ((files, True), ({}, False)):
+        approval, _ = proposed(crew, source, {"agent.nix": b"# long\n", **more})
+        row = crew.api("GET", f"/api/approvals/{approval}").body["approval"]
+        assert ("cut_bytes" in row) == is_cut
+        assert not is_cut or row["diff"].endswith(f"({row['cut_bytes']} bytes more)\n")
+        crew.ask(cmd="deny", id=approval)
+
+
+def test_a_renamed_file_is_listed_with_its_new_name_whatever_that_is(team: Hive, source: Source) -> None:
+    one, other = (f"# {word}\n".encode() * 20 for word in ("one", "other"))
+    first, base = proposed(team, source, {"agent.nix": b"{ }\n", "x.nix": one, "q": other})
+    assert approve(team, first)["phase"] == "deployed"
+    renamed = {"agent.nix": b"{ }\n", "notes b/agent.nix": one, "q b/q b/q": other}
+    approval, _ = proposed(team, source, renamed, base)
+    assert "rename to notes b/agent.nix" in show(team, approval)["diff"].splitlines()
+    assert [file["path"] for file in show(team, approval)["files"]] == ["notes b/agent.nix", "q b/q b/q"]
+
+
 def test_what_a_change_reaches_into_is_said_in_words(team: Hive, source: Source) -> None:
     first, base = proposed(team, source, {"agent.nix": LAYERED})
     assert show(team, first)["touches"] == [SHELL, "how its Claude is run or prompted", SERVICES]
@@ -501,8 +530,10 @@ def test_the_manager_changes_what_it_checked_out(team: Hive, source: Source, fol
 def test_a_history_that_was_rewritten_is_refused(team: Hive, source: Source) -> None:
     """Built on something else than what runs, it would undo what was approved; so would one that began too early."""
     before = source.running(team)
+    kept = everything_in(repository(team))
     orphan = propose(team, source, source.commit(source.tree_of({"agent.nix": CONFIG.encode()})))
     assert orphan["code"] == "bad_config" and "not built on" in orphan["error"]
+    assert everything_in(repository(team)) == kept
     approval, _ = proposed(team, source, {"agent.nix": b"# deployed meanwhile\n"})
     assert approve(team, approval)["phase"] == "deployed"
     late = propose(team, source, source.commit(source.tree_of({"agent.nix": CONFIG.encode()}), before))
@@ -566,7 +597,7 @@ def raw(source: Source, kind: str, data: bytes) -> str:
 
 
 def entry(source: Source, mode: str, name: str) -> bytes:
-    return f"{mode} {name}\0".encode() + bytes.fromhex(source.blob())
+    return f"{mode} {name}\0".encode(errors="surrogateescape") + bytes.fromhex(source.blob())
 
 
 def nested(source: Source, path: str) -> str:
@@ -605,6 +636,15 @@ REFUSED: dict[str, tuple[Callable[[Source], str], str]] = {
     "257 files": (lambda s: fine(s, **{f"f{n}": b"" for n in range(256)}), "257 files"),
     "a thousand million files": (unfolding, "far too many files"),
     "a large file": (lambda s: fine(s, large=b"x" * (MIB + 1)), str(MIB + 1)),
+    "a large file in an older commit": (
+        lambda s: s.commit(s.tree_of({"agent.nix": b"{ }\n"}), fine(s, large=b"x" * (MIB + 1))), str(MIB + 1),
+    ),
+    "a name that is not UTF-8": (
+        lambda s: s.commit(raw(s, "tree", entry(s, "100644", "agent.nix") + entry(s, "100644", "\udcff"))),
+        "plain text",
+    ),
+    "a name with a control character": (lambda s: nested(s, "deep/\x1b[2J"), "plain text"),
+    "a name with a quotation mark": (lambda s: nested(s, 'a"b'), "plain text"),
     "a tree with a file twice": (
         lambda s: s.commit(raw(s, "tree", entry(s, "100644", "agent.nix") * 2)), "duplicate",
     ),
@@ -673,15 +713,43 @@ def test_what_is_no_commit_of_a_bundle_is_refused(crew: Hive, source: Source) ->
     assert everything_in(repository(crew)) == before
 
 
-def test_a_request_that_is_one_too_many_leaves_no_ref(folder: Path, source: Source) -> None:
+def test_a_request_that_is_one_too_many_leaves_nothing(folder: Path, source: Source) -> None:
     with Hive(folder, limits={"pending_approvals": 1}) as hive:
         hive.spawn("manager", "alice")
         proposed(hive, source, {"agent.nix": b"# first\n"})
-        tree = source.tree_of({"agent.nix": b"# second\n"})
+        tree, before = source.tree_of({"agent.nix": b"# second\n"}), everything_in(repository(hive))
         second = propose(hive, source, source.commit(tree, source.running(hive)))
-        assert second["code"] == "too_many"
-        command = ["git", "-C", repository(hive), "for-each-ref", "--format=%(refname)", "refs/accepted"]
-        assert subprocess.run(command, capture_output=True, check=True).stdout == b""
+        assert second["code"] == "too_many" and everything_in(repository(hive)) == before
+
+
+def test_a_request_of_long_ago_keeps_its_row_alone(folder: Path, source: Source) -> None:
+    with Hive(folder) as hive:
+        approval, sha = proposed(hive.spawn("manager", "alice"), source, {"agent.nix": b"# never\n"})
+        other, young = proposed(hive, source, {"agent.nix": b"# some day\n"})
+        for number in (approval, other):
+            assert hive.ask(cmd="deny", id=number)["ok"]
+        hive.stop()
+        with closing(sqlite3.connect(hive.state / "hive.sqlite")) as database, database:
+            database.execute("UPDATE approvals SET resolved_at = 0 WHERE id = ?", (approval,))
+        for path in repository(hive).rglob("*"):
+            os.utime(path, (0, 0))
+        hive.start()
+        wait_for(lambda: not show(hive, approval)["diff"], "the old one to be forgotten")
+        assert show(hive, approval)["status"] == "denied" and "# some day" in show(hive, other)["diff"]
+        assert ref(hive, f"refs/proposals/{other}") == young and not ref(hive, f"{sha}^{{commit}}")
+        assert content(hive, "main")
+
+
+def test_a_repository_that_was_broken_off_is_made_whole_and_none_around_it_is_taken(folder: Path) -> None:
+    with Hive(folder) as hive:
+        around = Source(folder)
+        around.git("update-ref", "refs/heads/main", around.commit(around.tree()))
+        before, half = around.git("rev-parse", "main"), repository(hive, "carol")
+        half.mkdir(parents=True)
+        (half / "HEAD").write_text("ref: refs/heads/main\n")
+        hive.spawn("carol")
+        assert around.git("rev-parse", "main") == before != ref(hive, "refs/heads/main", "carol")
+        assert content(hive, "main", name="carol")
 
 
 def test_hooks_and_config_of_the_source_never_run(team: Hive, source: Source, folder: Path) -> None:

@@ -221,6 +221,11 @@ def test_what_does_not_end_is_ended_with_all_it_started(folder: Path) -> None:
     wait_for(lambda: not processes_of(folder), "the end of them all")
 
 
+def test_memory_has_a_ceiling_where_one_is_set() -> None:
+    with pytest.raises(Refused, match="MemoryError"):
+        hyperhive.run([sys.executable, "-c", "bytearray(10**9)"], env={}, memory_bytes=300 * 1024 * 1024)
+
+
 def test_a_process_may_call_itself_anything() -> None:
     script = r"open('/proc/self/comm', 'wb').write(b'\xc3'); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
