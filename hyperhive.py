@@ -2274,7 +2274,7 @@ FORBIDDEN_FILES: Final = frozenset({"flake.nix", "flake.lock"})
 WHOLE: Final = 1_000_000  # lines of context around each change
 READ_MAX: Final = 256 * 1024
 CUT: Final = re.compile(r"\n… \((\d+) bytes more\)\n\Z")  # no line of a diff begins like that
-GIT_MEMORY: Final = 1024 * 1024 * 1024
+GIT_MEMORY: Final = 512 * 1024 * 1024
 TOUCHES: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
     (re.compile(r"\bsystemPackages\b"), "programs that its shell finds"),
     (re.compile(r"\bservices\.hyperhive\.harness\b"), "how its Claude is run or prompted"),
