@@ -2365,7 +2365,7 @@ class Repositories:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self.proposing = threading.Lock()  # for who takes a proposal over: what one may use up, not each connection
+        self.proposing = threading.Lock()  # while one is taken over: all connections use up no more than one does
 
     def exists(self, name: str) -> bool:
         return (self._config.repository(name) / "objects").exists()  # which `git init` makes last

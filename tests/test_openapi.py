@@ -211,6 +211,9 @@ def requests_of_each_kind(hive: Recorded, manager: Line, source: Source) -> None
     ask("request_schedule", to="gone", body="look", first=NOW)
     cancelled = ask("request_spawn", name="dave", description="helps")
     manager.ask("cancel_request", id=int(cancelled.rpartition("/")[2]))
+    long, _ = proposed(hive, source, dict.fromkeys(("agent.nix", "b", "c", "d"), b"x\n" * 2**19))
+    assert hive.api("GET", f"/api/approvals/{long}").body["approval"]["cut_bytes"]
+    hive.good(f"/api/approvals/{long}/deny")
 
 
 def a_life(hive: Recorded) -> None:
