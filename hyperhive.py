@@ -2529,8 +2529,8 @@ class Repositories:
         if not self.exists(name):
             return
         folder = self._config.repository(name)
-        for approval in approvals:
-            git("update-ref", "-d", proposal_ref(approval), cwd=folder)
+        gone = "".join(f"delete {proposal_ref(approval)}\n" for approval in approvals)
+        git("update-ref", "--stdin", cwd=folder, stdin=gone.encode())
         git("gc", "--quiet", "--prune=1.day.ago", cwd=folder, timeout_s=20)  # within the time of a watchdog
 
     def diff(self, name: str, base: str | None, sha: str) -> Diff:
