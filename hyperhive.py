@@ -1507,10 +1507,12 @@ def _unusable(path: Path, error: OSError | sqlite3.Error) -> Refused:
 
 
 def copy_database(source: Path, target: Path) -> None:
-    """With what lies in the `-wal` beside the source: there is one where its daemon was killed."""
+    """With what lies in the `-wal` beside the source: there is one while it is in use, and when its user was killed."""
     target.touch(mode=0o600)
+    used = Path(f"{source}-wal").exists()  # one that is not may lie where no file can be made: in a snapshot, say
+    address = f"{source.absolute().as_uri()}?mode=ro{'' if used else '&immutable=1'}"
     with (
-        contextlib.closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)) as connection,
+        contextlib.closing(sqlite3.connect(address, uri=True)) as connection,
         contextlib.closing(sqlite3.connect(target)) as copied,
     ):
         connection.backup(copied)
@@ -8185,7 +8187,8 @@ def cli_restore(cli: Cli) -> None:
         try:
             copy_database(source, scratch)
             _open_database(scratch).close()
-        except (sqlite3.Error, Refused) as error:
+        except (OSError, sqlite3.Error, Refused) as error:
+            scratch.unlink(missing_ok=True)
             raise Refused("storage", f"{source} can't be restored: {error}", "nothing was changed") from None
         aside = cli.config.database.with_name(f"hive.sqlite.before-restore-{now_ms()}")
         for suffix in ("", "-wal", "-shm"):

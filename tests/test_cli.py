@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -19,6 +20,8 @@ import pytest
 from hive import HYPERHIVE, Hive, free_ports
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066\r\x00"  # titles, clears, colours, turns the line around
+# For whom modes of files count, as they do not for root.
+LESS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-sys_ptrace"] if os.geteuid() == 0 else []
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -400,6 +403,19 @@ def test_restore_takes_what_a_killed_daemon_had_not_moved_into_the_file(hive: Hi
     assert (hive.state / "hive.sqlite").stat().st_mode & 0o777 == 0o600
 
 
+def test_restore_from_where_no_file_can_be_made(hive: Hive, folder: Path) -> None:
+    hive.spawn("alice").stop()
+    (folder / "snapshot").mkdir()
+    shutil.copy(hive.state / "hive.sqlite", folder / "snapshot")
+    (folder / "snapshot").chmod(0o555)
+    command = [*LESS, *HYPERHIVE, "--dir", hive.folder, "restore", folder / "snapshot/hive.sqlite"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    (folder / "snapshot").chmod(0o755)
+    assert ran.returncode == 0, ran
+    with closing(sqlite3.connect(hive.state / "hive.sqlite")) as database:
+        assert database.execute("SELECT name FROM agents").fetchall() == [("alice",)]
+
+
 def test_a_public_address_is_that_of_all_links(folder: Path) -> None:
     with Hive(folder, public_url="https://hive.example.org") as hive:
         assert words(hive, "url") == f"https://hive.example.org/#token={hive.token}\n"
@@ -444,11 +460,10 @@ def test_doctor_for_who_may_not_look_everywhere(folder: Path) -> None:
     (folder / "state").mkdir()
     (folder / "state/operator.token").touch()
     (folder / "state").chmod(0)
-    less = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-sys_ptrace"] if os.geteuid() == 0 else []
     with socket.create_server(("127.0.0.1", free_ports())) as taken:
         port = taken.getsockname()[1]
         (folder / "config.toml").write_text(f"port = {port}\ncontainers = 'process'\n")
-        found = findings_of(*less, *HYPERHIVE, "--dir", folder, "--config", folder / "config.toml")
+        found = findings_of(*LESS, *HYPERHIVE, "--dir", folder, "--config", folder / "config.toml")
     (folder / "state").chmod(0o700)
     assert found["token file"] == {"check": "token file", "ok": True, "found": "kept from you by its folder"}
     assert not found["port"]["ok"] and f"{port} is taken" in found["port"]["found"]
