@@ -5732,27 +5732,49 @@ class Connection:
         self.sock = sock
         self._reader = LineReader(sock, max_bytes)
         self._late: threading.Thread | None = None  # still sends an answer that was too large to go at once
+        self._over = False  # nobody is served here any more, whatever was sent already
 
     def serve(self) -> None:
         try:
-            while (line := self._read()) is not None:
-                self._finish_answers()
-                answer, close = self._answer(line)
+            while not self._over:
+                answer = self._next_answer()
                 if answer is not None:
                     self.send(answer)
-                if close:
-                    break
         finally:
             self.closed()
             self.sock.close()
 
-    def _read(self) -> bytes | None:
+    def _next_answer(self) -> Json | None:
+        """To what is read next. Where that was no request at all, or can't be answered in order, it is the last."""
+        line = self._read()
+        if line is None or self._over:
+            self._over = True
+            return None
+        try:
+            self._finish_answers()
+            if isinstance(line, Refused):
+                raise line
+            request = parse_object(line)
+        except Exception as error:
+            self._over = True
+            return self._failure(error)
+        try:
+            return self.handle(request)
+        except Exception as error:
+            return self._failure(error)
+
+    def _read(self) -> bytes | Refused | None:
         try:
             return self._reader.read()
         except Refused as error:
-            self._finish_answers()
-            self.send(failed_answer(error))
-            return None
+            return error
+
+    @staticmethod
+    def _failure(error: Exception) -> Json:
+        if isinstance(error, Refused):
+            return failed_answer(error)
+        log.error("answering a socket", exc_info=error)
+        return failed_answer(Refused("internal", "something went wrong here; the daemon's log says what"))
 
     def _finish_answers(self) -> None:
         """Answers come in order: the one before this request is out, down to its last byte."""
@@ -5760,20 +5782,6 @@ class Connection:
         if self._late is not None:
             self._late.join()
             self._late = None
-
-    def _answer(self, line: bytes) -> tuple[Json | None, bool]:
-        """The answer, and whether the connection is beyond help: a line that is no JSON object."""
-        try:
-            request = parse_object(line)
-        except Refused as error:
-            return failed_answer(error), True
-        try:
-            return self.handle(request), False
-        except Refused as error:
-            return failed_answer(error), False
-        except Exception:
-            log.exception("answering a socket")
-            return failed_answer(Refused("internal", "something went wrong here; the daemon's log says what")), False
 
     def before_request(self) -> None: ...
 
@@ -5814,6 +5822,8 @@ class Connection:
             self.hang_up()
 
     def hang_up(self) -> None:
+        """What was read already is not answered any more, nor carried out."""
+        self._over = True
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 
@@ -5832,17 +5842,14 @@ class Doors:
         self._thread = threading.Thread(target=self._accept, name="doors", daemon=True)
         self._thread.start()
 
-    def open(self, path: Path, mode: int, make: Callable[[socket.socket], Connection], *, most: int) -> None:
-        """Listen at `path`. Closes an older socket there and its connections first."""
+    def open(self, path: Path, make: Callable[[socket.socket], Connection], *, most: int) -> None:
+        """Listen at `path`, for our own user alone. Closes an older socket there and its connections first."""
         self.close_one(path)
         path.unlink(missing_ok=True)
         server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        old = os.umask(0o177)
-        try:
-            server.bind(str(path))
-        finally:
-            os.umask(old)
-        path.chmod(mode)
+        os.fchmod(server.fileno(), 0o600)  # the file gets it from here, less the umask, which other threads share
+        server.bind(str(path))
+        path.chmod(0o600)
         server.listen(64)
         server.setblocking(False)
         with self._lock:
@@ -5896,18 +5903,24 @@ class Doors:
                     log.warning("accepting at %s: %s", path, error)
                     time.sleep(0.05)  # out of descriptors, say: don't spin
                 return
-            sock.setblocking(True)
-            if len(self._connections[path]) >= most:
-                with contextlib.suppress(OSError):
-                    refusal = Refused("too_many", f"{most} connections are open here already", "close one first")
-                    sock.send(encode_line(failed_answer(refusal)), socket.MSG_DONTWAIT)
+            try:
+                self._admit(path, sock, make, most)
+            except Exception:  # this thread accepts for all: it goes on
+                log.exception("accepting at %s", path)
                 sock.close()
-                return
-            connection = make(sock)
-            self._connections[path].add(connection)
-        threading.Thread(
-            target=self._serve, args=(path, connection), name=f"socket-{path.parent.name}", daemon=True
-        ).start()
+
+    def _admit(self, path: Path, sock: socket.socket, make: Callable[[socket.socket], Connection], most: int) -> None:
+        sock.setblocking(True)
+        if len(self._connections[path]) >= most:
+            with contextlib.suppress(OSError):
+                refusal = Refused("too_many", f"{most} connections are open here already", "close one first")
+                sock.send(encode_line(failed_answer(refusal)), socket.MSG_DONTWAIT)
+            sock.close()
+            return
+        connection = make(sock)
+        name = f"socket-{path.parent.name}"
+        threading.Thread(target=self._serve, args=(path, connection), name=name, daemon=True).start()
+        self._connections[path].add(connection)
 
     def _serve(self, path: Path, connection: Connection) -> None:
         try:
@@ -6590,7 +6603,7 @@ class HostConnection(Connection):
     def subscribe(self, f: Fields) -> None:
         """The hub answers with the rows as they are, then sends each that changes and watches for the client's end."""
         self._s.hub.join(Stream(self.sock.dup(), "status"))
-        self.sock.close()
+        self._over = True
 
     def agents(self, f: Fields) -> Json:
         rows = self._s.views.agents(kept=f.flag("kept"))
@@ -6882,7 +6895,7 @@ class Gate:
             recent = self._wrong[address]
             while recent and recent[0] < moment - 60:
                 recent.popleft()
-            if len(recent) >= self._limit:
+            if self._limit and len(recent) >= self._limit:
                 raise TooManyGuesses(int(61 - (moment - recent[0])))
             recent.append(moment)
 
@@ -7444,7 +7457,7 @@ class Dashboard:
             sockets=[listener],
             threads=8,
             asyncore_use_poll=True,  # with select() the process dies at descriptor 1024
-            connection_limit=1000,
+            connection_limit=min(1000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2),  # they need no token
             channel_request_lookahead=1,
             channel_timeout=30,
             cleanup_interval=5,
@@ -7497,6 +7510,7 @@ class Dashboard:
 
 
 PACKAGES: Final = ("bottle", "waitress")  # all that is needed beside the standard library
+OPEN_FILES: Final = 65_536
 
 
 class Systemd:
@@ -7580,6 +7594,7 @@ class Daemon:
     def _begin(self) -> Services | None:
         """None when a signal came while we waited for the port."""
         config = self.config
+        raise_file_limit()
         make_folders(config)
         self._closers.enter_context(only_daemon(config))
         listener = self._listen()
@@ -7596,7 +7611,7 @@ class Daemon:
         services.prechecks.begin()
         self._closers.callback(services.prechecks.close)
         make = functools.partial(HostConnection, services=services)
-        services.doors.open(config.host_socket, self._admin_mode(), make, most=config.limits.connections)
+        services.doors.open(config.host_socket, make, most=config.limits.connections)
         self._give_to_admins(config.host_socket)
         dashboard = Dashboard(services, listener)
         self._closers.callback(dashboard.close)
@@ -7688,14 +7703,16 @@ class Daemon:
                 except Exception:
                     log.exception("a chore failed; the next tick tries again")
 
-    def _admin_mode(self) -> int:
-        return 0o660 if group_id(self.config.admin_group) is not None else 0o600
-
     def _give_to_admins(self, path: Path) -> None:
         group = group_id(self.config.admin_group)
-        if group is not None:
-            with contextlib.suppress(PermissionError):
-                os.chown(path, -1, group)
+        if group is None:
+            return
+        try:
+            os.chown(path, -1, group)
+        except PermissionError:
+            log.warning("%s is not for the group %s: we are no member", path, self.config.admin_group)
+        else:
+            path.chmod(0o660)  # only now: of another group nobody shall get in
 
 
 def open_agent_door(services: Services, name: str) -> None:
@@ -7703,7 +7720,7 @@ def open_agent_door(services: Services, name: str) -> None:
     path = services.config.agent_socket(name)
     if not services.doors.is_open(path):
         make = functools.partial(AgentConnection, name=name, services=services)
-        services.doors.open(path, 0o600, make, most=services.config.limits.connections)
+        services.doors.open(path, make, most=services.config.limits.connections)
 
 
 def group_id(name: str) -> int | None:
@@ -7711,6 +7728,14 @@ def group_id(name: str) -> int | None:
         return grp.getgrnam(name).gr_gid
     except KeyError:
         return None
+
+
+def raise_file_limit() -> None:
+    """Who opens connections must not keep us from opening files: the usual 1024 are soon used up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def make_folders(config: Config) -> None:

@@ -190,6 +190,8 @@ let
         TimeoutAbortSec = 5; # who missed the watchdog gets no more time than that
         # An evaluation that ran out of memory is a failed deploy, not the end of the service.
         OOMPolicy = "continue";
+        # Idle connections to the dashboard are files, too, and need no token.
+        LimitNOFILE = 65536;
 
         StateDirectory = "hyperhive";
         StateDirectoryMode = "0700";

@@ -144,6 +144,12 @@ def test_guessing_is_slowed_down_but_the_right_token_passes(hive: Hive) -> None:
         assert hive.api("GET", "/healthz", token=None).status == 200
 
 
+def test_guessing_may_be_free(folder: Path) -> None:
+    with Hive(folder, limits={"wrong_tokens_per_minute": 0}) as hive:
+        for _ in range(20):
+            assert refused(hive.api("GET", "/api/state", token="wrong"), 401, "unauthorized")
+
+
 def test_a_rotated_token_is_void_at_once(hive: Hive) -> None:
     old = hive.token
     with Stream(hive) as stream:

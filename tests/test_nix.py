@@ -143,6 +143,7 @@ def test_the_hosts_unit(nix: Nix) -> None:
         "RuntimeDirectory": "hyperhive",
         "RuntimeDirectoryMode": "0751",
         "RuntimeDirectoryPreserve": "yes",
+        "LimitNOFILE": str(hyperhive.OPEN_FILES),
         "NoNewPrivileges": "true",
         "WantedBy": "multi-user.target",
     }

@@ -1,10 +1,12 @@
 """Sockets: the operator's `host.sock`, as desktop clients speak it, and the agents' own, as hostile as can be."""
 
 import copy
+import grp
 import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import socket
 import stat
@@ -486,6 +488,21 @@ def test_who_may_open_what(folder: Path) -> None:
             assert (mode(state / "shared"), mode(state / "operator")) == (("770", me), ("755", me))
 
 
+@pytest.mark.parametrize("may_give", [True, False])
+def test_host_sock_is_the_admins_or_nobodys(folder: Path, monkeypatch: pytest.MonkeyPatch, may_give: bool) -> None:
+    """Where it can't be given to the group of that name, no other group may open it."""
+    own = {os.getegid(), *os.getgroups()}
+    group = next(entry for entry in grp.getgrall() if entry.gr_gid not in own)
+    if may_give and os.geteuid():
+        pytest.skip("needs root, to give a file to a group")
+    if not may_give and not os.geteuid():
+        monkeypatch.setattr("hive.HYPERHIVE", ["setpriv", "--bounding-set=-chown", *HYPERHIVE])
+    with Hive(folder, admin_group=group.gr_name) as hive:
+        status = (hive.run / "host.sock").stat()
+        assert (stat.S_IMODE(status.st_mode), status.st_gid == group.gr_gid) == (0o660 if may_give else 0o600, may_give)
+        assert ("we are no member" in hive.log.read_text()) is not may_give
+
+
 def test_a_socket_comes_back_after_all_that_can_happen_to_it(hive: Hive) -> None:
     path = hive.spawn("alice").run / "agents/alice/hive.sock"
 
@@ -518,6 +535,72 @@ def test_open_connections_end_with_the_agent(hive: Hive) -> None:
         line.write(b'{"cmd":"lease","wait_s":300}\n')
         hive.ask(cmd="destroy", name="alice")
         assert line.read() is None
+
+
+def test_what_was_sent_already_ends_with_the_agent(folder: Path) -> None:
+    """Nothing of it is carried out after a purge: a namesake begins with nothing."""
+    with Hive(folder, limits={"reminders": 10_000}) as hive, hive.spawn("alice").agent("alice") as line:
+        line.write(b'{"cmd":"remind","body":"from an earlier life","delay_s":3600}\n' * 5000)
+        assert (line.read() or {})["ok"]
+        assert hive.ask(cmd="destroy", name="alice", purge=True)["ok"]
+        with suppress(ConnectionResetError):
+            while line.read() is not None:
+                pass
+        hive.spawn("alice")
+        (row,) = hive.ask(cmd="agent_status")["agent_statuses"]
+        assert row["pending_reminders"] == 0
+
+
+def test_a_connection_that_can_not_go_on_says_why(folder: Path) -> None:
+    class Stuck(hyperhive.Connection):
+        def before_request(self) -> None:
+            raise hyperhive.Refused("storage", "the disk is full")
+
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.settimeout(30)
+        ours.sendall(b'{"cmd":"list"}\n' * 2)
+        Stuck(theirs, 1000).serve()
+        answers = b"".join(iter(lambda: ours.recv(4096), b"")).splitlines()
+    (answer,) = map(json.loads, answers)
+    assert is_failure(answer) and answer["code"] == "storage"
+
+
+def test_a_connection_that_can_not_begin_is_closed_and_others_are_served(folder: Path) -> None:
+    class Echo(hyperhive.Connection):
+        def handle(self, request: dict[str, Any]) -> dict[str, Any]:
+            return request
+
+    waiting = [RuntimeError("can't start new thread")]
+
+    def make(sock: socket.socket) -> hyperhive.Connection:
+        if waiting:
+            raise waiting.pop()
+        return Echo(sock, 1000)
+
+    with closing(hyperhive.Doors()) as doors:
+        doors.open(folder / "door", make, most=1)
+        with Line(folder / "door") as line:
+            assert line.read() is None
+        with Line(folder / "door") as line:
+            assert line.ask("hello") == {"cmd": "hello"}
+
+
+def test_idle_connections_leave_files_to_open(folder: Path) -> None:
+    """As many as the dashboard takes, which asks nobody for a token before it has heard what they want."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hive = Hive(folder)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        hive.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with closing(hive), ExitStack() as stack:
+        for _ in range(400):
+            stack.enter_context(socket.create_connection(("127.0.0.1", hive.port), timeout=30))
+        for number in range(5):
+            assert hive.ask(cmd="backup", path=str(folder / f"copy{number}.sqlite"))["ok"]
+        hive.spawn("alice")
 
 
 def test_a_socket_path_that_is_too_long_is_refused_at_start(folder: Path) -> None:
