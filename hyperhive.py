@@ -123,6 +123,7 @@ class Limits:
     reminders: int = 50
     questions: int = 16
     pending_approvals: int = 20
+    requests_per_day: int = 500  # of one agent, those included that it cancelled
     attempts: int = 5
     ping_pong: int = 40
     ping_pong_s: int = 600
@@ -2792,7 +2793,7 @@ class Approvals:
         """File a request; returns its id, or that of the same request when one is pending, or may be so again."""
 
         def work(tx: Tx) -> int:
-            if (same := self._same(tx, request)) is not None:
+            if (same := self._same(tx, actor, request)) is not None:
                 return same
             approval = tx.insert(
                 "approvals",
@@ -2817,15 +2818,25 @@ class Approvals:
 
         return self._store.write(work)
 
-    def same(self, request: Request) -> int | None:
+    def same(self, actor: Actor, request: Request) -> int | None:
         """The request that says this already. Refuses one that could not be filed, before any work is done for it."""
-        return self._store.write(lambda tx: self._same(tx, request))
+        return self._store.write(lambda tx: self._same(tx, actor, request))
 
-    def _same(self, tx: Tx, request: Request) -> int | None:
+    def _same(self, tx: Tx, actor: Actor, request: Request) -> int | None:
         same: int | None = tx.value(SAME_SQL, request.fingerprint, now_ms())
         if same is None:
             self._check(tx, request)
+            self._check_rate(tx, actor)
         return same
+
+    def _check_rate(self, tx: Tx, actor: Actor) -> None:
+        """Asking and cancelling in a loop fills the table as well."""
+        limit = self._config.limits.requests_per_day
+        if not limit or actor.name == OPERATOR:
+            return
+        made = "SELECT requested_at FROM approvals WHERE requested_by = ? ORDER BY id DESC LIMIT 1 OFFSET ?"
+        if (tx.value(made, actor.name, limit - 1) or 0) > now_ms() - DAY_MS:
+            raise Refused("too_many", f"{actor.name} has made {limit} requests in a day", "ask again tomorrow")
 
     def _check(self, tx: Tx, request: Request) -> None:
         limit = self._config.limits.pending_approvals
@@ -4808,8 +4819,13 @@ AGENT_SQL: Final = """
         (SELECT coalesce(sum(cost_usd), 0) FROM usage WHERE day = ? AND agent = g.name) AS cost_today
     FROM agents g
 """
+# Without what is large, the diff above all: a list of requests shows none of it.
 APPROVAL_SQL: Final = """
-    SELECT a.*, d.id AS deploy, d.phase, d.not_before,
+    SELECT a.id, a.agent, a.kind, a.commit_ref, a.fetched_sha, a.base_sha, a.first_base_sha, a.proposed_sha,
+        a.requested_at, a.requested_by, a.status, a.resolved_at, a.resolved_by, a.note, a.description, a.error,
+        a.fingerprint, a.precheck, d.id AS deploy, d.phase, d.not_before,
+        CASE WHEN a.kind = 'schedule_prompt' THEN a.detail END AS schedule,
+        a.proposed_sha NOT NULL OR json_type(a.detail, '$.proposed') NOT NULL AS edited,
         (SELECT max(b.id) FROM approvals b WHERE a.status = 'pending' AND b.status = 'pending' AND b.id > a.id
             AND b.agent = a.agent AND b.kind = a.kind AND a.kind = 'apply_commit') AS superseded_by
     FROM approvals a LEFT JOIN deploys d ON d.id =
@@ -4927,11 +4943,9 @@ class Views:
 
     # -- approvals, questions, messages
 
-    def approvals(self, status: str | None = None) -> list[Json]:
-        rows = self._store.rows(
-            APPROVAL_SQL + " WHERE ? IS NULL OR a.status = ? ORDER BY a.id DESC LIMIT 500", status, status
-        )
-        return [self._approval(row) for row in rows]
+    def approvals(self, status: str | None = None, *, most: int = 500) -> list[Json]:
+        where = " WHERE ?1 IS NULL OR a.status = ?1 ORDER BY a.id DESC LIMIT ?2"
+        return [self._approval(row) for row in self._store.rows(APPROVAL_SQL + where, status, most)]
 
     def open_approvals(self) -> list[Json]:
         where = " WHERE a.status = 'pending' OR (a.status = 'approved' AND d.phase IN (?, ?, ?)) ORDER BY a.id"
@@ -4939,16 +4953,19 @@ class Views:
 
     def approval(self, approval: int, *, diff: bool = False) -> Json:
         """One request; with `diff` all that helps to decide."""
-        row = found_request(approval, self._store.row(APPROVAL_SQL + " WHERE a.id = ?", approval))
-        shown = self._approval(row)
-        if not diff:
-            return shown
-        return shown | {
-            "diff": row["diff"],
-            "files": diff_files(row["diff"]),
-            **without_none(cut_bytes=cut_bytes(row["diff"])),
-            "touches": json.loads(row["touches"]),
-            "thread": self._thread(json.loads(row["cause"])),
+        with self._store.read() as connection:  # the diff is that of the digest
+            found = connection.execute(APPROVAL_SQL + " WHERE a.id = ?", (approval,)).fetchone()
+            row = found_request(approval, found)
+            if not diff:
+                return self._approval(row)
+            large = "SELECT diff, touches, cause FROM approvals WHERE id = ?"
+            more = connection.execute(large, (approval,)).fetchone()
+        return self._approval(row) | {
+            "diff": more["diff"],
+            "files": diff_files(more["diff"]),
+            **without_none(cut_bytes=cut_bytes(more["diff"])),
+            "touches": json.loads(more["touches"]),
+            "thread": self._thread(json.loads(more["cause"])),
             "earlier": self._earlier(row),
         }
 
@@ -4970,11 +4987,9 @@ class Views:
         return [self._approval(other) for other in self._store.rows(APPROVAL_SQL + where, row["agent"], row["id"])]
 
     def _approval(self, row: sqlite3.Row) -> Json:
-        detail = json.loads(row["detail"])
-        schedule = None
-        if row["kind"] == Kind.SCHEDULE:
-            first = rfc3339(detail["first_at"])
-            schedule = {key: value for key, value in detail.items() if key != "first_at"} | {"first": first}
+        schedule = None if row["schedule"] is None else json.loads(row["schedule"])
+        if schedule is not None:
+            schedule["first"] = rfc3339(schedule.pop("first_at"))
         return without_none(
             id=row["id"],
             agent=row["agent"],
@@ -4997,7 +5012,7 @@ class Views:
             digest=digest_of(row),
             superseded_by=row["superseded_by"],
             proposed_sha=row["proposed_sha"],
-            edited=True if row["proposed_sha"] or "proposed" in detail else None,
+            edited=True if row["edited"] else None,
             precheck=self._precheck(row),
             undo_until=when(row["not_before"]) if row["phase"] == Phase.QUEUED else None,
         )
@@ -5667,7 +5682,7 @@ class Notifier:
 #   report           events?, usage?, state?
 #   list_agents                                           → agents
 #   page_control     do (pause | resume | set_model), model?         what was asked for at the agent's own page
-#   and of the manager alone:
+# and of the manager alone:
 #   checkout_config  agent                                → bundle (base64), sha
 #   request_spawn    name, description, config?           → id
 #   request_apply_commit  agent, sha, description, bundle → id
@@ -5680,11 +5695,14 @@ class Notifier:
 #
 # host.sock (unknown keys are ignored; desktop clients speak it):
 #   list → agents · agent_status → agent_statuses · subscribe_agent_status → the same, then each changed row
+#   agents {kept?} → agents, containers
 #   urls → urls {domain, home} · pending → approvals, questions, attention · show {id} → approval
 #   approve, deny {id, note?} · set_paused {name, paused} · pause_all {paused?} · start, stop {scope, graceful?}
-#   restart, kill, rebuild, rollback, spawn, request_spawn {name} · destroy {name, purge?}
-#   send {to, body, in_reply_to?, client_id?} → id · inbox {max?, unread?, mark_read?} → messages · answer {id, text}
-#   logs {name, lines?, after?} → lines, cursor · events {name?, after?, max?} → events · deploys {name?} → deploys
+#   restart, kill {name} · destroy {name, purge?} · rebuild, rollback {name} → deploy
+#   spawn {name, description?} → deploy · request_spawn {name, description?} → id
+#   send {to, body, in_reply_to?, client_id?} → id, ids? (`*`) · answer {id, text}
+#   inbox {max?, unread?, mark_read?} → messages · logs {name, lines?, after?} → lines, cursor
+#   events {name?, after?, max?} → events · deploys {name?, id?} → deploys
 #   attach {name, now?} → argv, env: its loop holds still until this connection ends
 #   schedules → schedules · usage {days?} → usage · backup {path} → path · token {rotate?} → token
 
@@ -6009,7 +6027,7 @@ class Requests:
             raise Refused("conflict", f"{sha[:12]} is what {name} runs already", "commit a change first")
         request, repositories = Request(Kind.APPLY, name, description, sha=sha, base_sha=deployed), self._s.repositories
         with repositories.proposing:
-            same = self._s.approvals.same(request)
+            same = self._s.approvals.same(actor, request)
             if same is not None:
                 return same
             repositories.accept_bundle(name, sha, deployed, raw)
@@ -6059,7 +6077,7 @@ class Requests:
             self._s.repositories.keep_proposal(name, approval, sha)
         self._s.approvals.revise(actor, approval, request, digest)
 
-    def schedule(self, actor: Actor, fields: Fields, description: str | None) -> Request:
+    def schedule_request(self, fields: Fields, description: str | None) -> Request:
         body = fields.text("body", max_bytes=self._s.config.limits.body_bytes)
         first = fields.moment("first")
         every = fields.number("every_s", least=60, most=366 * 86_400, default=None)
@@ -6416,7 +6434,7 @@ class AgentConnection(Connection):
         return {"id": self._requests.update_inputs(self._actor, target, description)}
 
     def request_schedule(self, f: Fields) -> Json:
-        request = self._requests.schedule(self._actor, f, f.text("description", default=None))
+        request = self._requests.schedule_request(f, f.text("description", default=None))
         f.done()
         return {"id": self._s.approvals.request(self._actor, request)}
 
@@ -6429,7 +6447,7 @@ class AgentConnection(Connection):
     def list_approvals(self, f: Fields) -> Json:
         status = f.choice("status", Status, default=None)
         f.done()
-        return {"approvals": self._s.views.approvals(status)[:100]}
+        return {"approvals": self._s.views.approvals(status, most=100)}
 
     def _other(self, f: Fields) -> str:
         name = f.name()
@@ -7075,7 +7093,7 @@ class Routes:
             post("/api/messages", self.send),
             post("/api/messages/read", self.read),
             post("/api/messages/<number:int>/give_again", self.give_again),
-            post("/api/files", self.attach, ("name",), takes="application/octet-stream"),
+            post("/api/files", self.add_file, ("name",), takes="application/octet-stream"),
             post("/api/files/delete", self.delete_file),
             post("/api/questions/<number:int>/answer", self.answer),
             post("/api/questions/<number:int>/cancel", self.cancel_question),
@@ -7340,7 +7358,7 @@ class Routes:
         self._s.broker.give_again(self._actor, number)
         return {}
 
-    def attach(self) -> Json:
+    def add_file(self) -> Json:
         name = self._request.query.getunicode("name", "")
         if not name or not name.isprintable():
             raise Refused("bad_request", f"{name[:200]!r} is no file's name", "POST /api/files?name=NAME")
@@ -7367,7 +7385,7 @@ class Routes:
 
     def schedule(self) -> Json:
         f = self._body()
-        detail = self._requests.schedule(self._actor, f, None).detail
+        detail = self._requests.schedule_request(f, None).detail
         f.done()
         to, every = detail["to"], detail.get("every_s")
         number = self._s.store.write(

@@ -275,6 +275,16 @@ def test_no_more_than_twenty_wait(team: Hive) -> None:
     ask_spawn(team, "n20")
 
 
+def test_who_asks_and_cancels_for_ever_has_an_end(folder: Path) -> None:
+    with Hive(folder, limits={"requests_per_day": 3}) as hive:
+        hive.spawn("manager")
+        for number in range(3):
+            assert ask(hive, "cancel_request", id=ask_spawn(hive, f"n{number}"))["ok"]
+        refused = ask(hive, "request_spawn", name="n3", description="one more")
+        assert refused["code"] == "too_many" and "in a day" in refused["error"]
+        assert hive.ask(cmd="request_spawn", name="n3")["ok"]  # the operator's own
+
+
 def test_requests_for_an_agent_whose_folder_is_gone_fail(team: Hive) -> None:
     when = "2040-01-31T08:00:00Z"
     seen = ask(team, "request_schedule", to="alice", body="wake up", first=when)["id"]

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -62,6 +63,17 @@ def test_the_states_are_the_same_and_every_control_item_is_understood() -> None:
     )
     handled = {ast.literal_eval(node.value) for node in ast.walk(handler) if isinstance(node, ast.MatchValue)}
     assert handled >= {*hyperhive.Control}
+
+
+def test_the_table_of_the_wire_has_every_verb() -> None:
+    """A verb stands at the beginning of an agent's line; before the fields or the arrow in one of the operator's."""
+    headings = r"(?m)^# (?:Agent sockets|and of the manager|host\.sock).*:\n"
+    _, agents, manager, host = re.split(headings, (ROOT / "hyperhive.py").read_text())
+    named = [re.findall(r"(?m)^#   ((?:\w+, )*\w+)", text) for text in (agents, manager)]
+    lines = host.split("\n\n")[0].replace("#   ", "").splitlines()
+    named += [[re.split(" [{→]", item)[0] for line in lines for item in line.split(" · ")]]
+    tables = (hyperhive.AGENT_VERBS, hyperhive.MANAGER_VERBS, hyperhive.HOST_VERBS)
+    assert [sorted(", ".join(found).split(", ")) for found in named] == [sorted(table) for table in tables]
 
 
 # ── a real harness, a real daemon, and an ear between them ──
