@@ -10,6 +10,7 @@ import { signin } from "./agent.js";
 import { why_words } from "./agents.js";
 
 const manager = () => agent_named("manager");
+const deploying = () => state.deploys.find((row) => row.agent === "manager" && is_running_phase(row.phase));
 const SIGNED_OUT = ["needs_login", "signing_in"];
 const SIGNED_IN = ["idle", "working"];
 
@@ -28,8 +29,7 @@ export const is_first_step = (row) =>
 // ── The steps ────────────────────────────────────────────────────────────────────────────────────
 
 function start_step() {
-  const deploy = state.deploys.find((row) => row.agent === "manager" && is_running_phase(row.phase));
-  if (deploy) return deploy_card(deploy, { bare: true });
+  if (deploying()) return deploy_card(deploying(), { bare: true });
   const start = () => (manager() ? post("/api/agents/manager/start") : post("/api/agents", { name: "manager" }));
   return [
     h("div", { class: "buttons" }, button("start_manager", "Start the manager", start, { kind: "main" })),
@@ -58,7 +58,10 @@ const ask_step = () =>
 const STEPS = [
   {
     title: "Start the manager",
-    state: () => (manager() ? "the manager is stopped" : "there is no manager yet"),
+    state: () => {
+      if (deploying()) return "the manager is being deployed";
+      return manager() ? "the manager is stopped" : "there is no manager yet";
+    },
     words: "The manager is the agent that you talk to. It asks for further agents, and for changes to them.",
     is_done: () => Boolean(manager()?.running),
     act: start_step,
