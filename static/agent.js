@@ -194,7 +194,8 @@ function signin_panel(agent, base) {
   const close =
     !needs_signin(agent) &&
     plain("Close", () => toggle(opened(agent), false), { "aria-label": `Close the sign-in of ${name}` });
-  return panel({ class: "pad" }, signin(agent, base, { close }));
+  const words = close && h("p", { class: "dim" }, "A new sign-in takes the place of the one it has.");
+  return panel({ class: "pad" }, signin(agent, base, { words, close }));
 }
 
 // ── Open threads ─────────────────────────────────────────────────────────────────────────────────

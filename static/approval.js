@@ -240,20 +240,12 @@ function changes(row) {
       h(
         "div",
         { class: "changes" },
-        cut_line(more),
         more.diff && (more.files.length > 1 || split_switch()) && diff_top(more.files),
-        more.diff && diff_view(`diff:${row.id}:${more.digest}`, more.diff, { at: error_mark(row) }),
+        more.diff &&
+          diff_view(`diff:${row.id}:${more.digest}`, more.diff, { at: error_mark(row), cut_bytes: more.cut_bytes }),
       ),
   ];
 }
-
-const cut_line = ({ cut_bytes = 0 }) =>
-  cut_bytes > 0 &&
-  h(
-    "p",
-    { class: "card-line bad", role: "note" },
-    `${plural(cut_bytes, "byte")} of this change are not shown here: it is too long. To approve it takes a press more.`,
-  );
 
 const diff_top = (files) =>
   h("p", { class: "card-line dim" }, files.length > 1 && plural(files.length, "file"), split_switch());

@@ -8,7 +8,7 @@ import { get } from "./api.js";
 import { diff_view, split_switch } from "./diff.js";
 
 const chosen = { agent: "", from: "", to: "" };
-let shown = null; // {key, diff}
+let shown = null; // {key, diff, cut_bytes}
 
 const deployed = (agent) =>
   [...state.deploys]
@@ -23,8 +23,8 @@ function configs(agent) {
 
 async function compare(agent, from, to) {
   const query = new URLSearchParams({ from, to });
-  const { diff } = await get(`/api/agents/${agent}/diff?${query}`);
-  shown = { key: `${agent}:${from}:${to}`, diff };
+  const { diff, cut_bytes } = await get(`/api/agents/${agent}/diff?${query}`);
+  shown = { key: `${agent}:${from}:${to}`, diff, cut_bytes };
 }
 
 const labelled = (label, ...more) =>
@@ -60,7 +60,7 @@ export function compare_panel() {
       ),
       refusal("compare"),
       shown?.key === `${agent}:${from}:${to}` &&
-        (shown.diff ? diff_view(`compare:${shown.key}`, shown.diff) : empty("They have the same files.")),
+        (shown.diff ? diff_view(`compare:${shown.key}`, shown.diff, shown) : empty("They have the same files.")),
     ),
   ];
 }

@@ -56,13 +56,8 @@ async function load_next() {
   changed();
 }
 
-/** The host ends a diff that is too long with words: they are no line of a file. */
-const CUT = /\n… \((\d+) bytes more\)\n$/;
-
 export function show_detail(row, asked = row.digest) {
-  const [words, number] = CUT.exec(row.diff?.slice(-60)) ?? [];
-  const cut = words && { diff: row.diff.slice(0, 1 - words.length), cut_bytes: Number(number) };
-  details.set(row.id, { asked, row: { ...row, ...cut } });
+  details.set(row.id, { asked, row });
 }
 
 const MORE = ["diff", "cut_bytes", "files", "touches", "thread", "earlier"];

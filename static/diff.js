@@ -4,6 +4,7 @@
 // No line is cut or runs out of sight: it is wrapped.
 
 import { exact, h, visible } from "./dom.js";
+import { plural } from "./text.js";
 import { fold, plain } from "./parts.js";
 import { changed } from "./store.js";
 import { colour_line } from "./nix.js";
@@ -47,6 +48,9 @@ function take_header(file, line) {
   else if (line.startsWith("rename from ")) file.note = `was ${line.slice(12)}`;
 }
 
+// How the host ends a diff that is too long: no line of a file, which begins with a sign.
+const CUT = /^… \(\d+ bytes more\)$/;
+
 /** Returns by how much the number of the line in the new file moves on. */
 function take_line(file, line, number) {
   if (line.startsWith("+")) {
@@ -59,7 +63,7 @@ function take_line(file, line, number) {
     file.lines.push(["removed", line]);
     return 0;
   }
-  if (line === "") return 0;
+  if (line === "" || CUT.test(line)) return 0;
   if (line.startsWith("\\")) {
     file.lines.push(["place", line]);
     return 0;
@@ -260,10 +264,13 @@ export function split_switch() {
   );
 }
 
-export function diff_view(key, text, { at = null } = {}) {
+/** `cut_bytes` of a very long one are missing at its end. */
+export function diff_view(key, text, { at = null, cut_bytes = 0 } = {}) {
   const files = read_diff(text);
   if (!files.length) return h("p", { class: "dim pad" }, text.trim() ? text : "No change to any file.");
-  return files.map((file) =>
+  const words = `${plural(cut_bytes, "byte")} of this change are not shown here: it is too long.`;
+  const cut = cut_bytes > 0 && h("p", { class: "card-line bad", role: "note" }, words);
+  const views = files.map((file) =>
     fold(
       `${key}:${file.path}`,
       [
@@ -282,6 +289,7 @@ export function diff_view(key, text, { at = null } = {}) {
       { otherwise: file.lines.length <= LINES_OPEN || at?.path === file.path, class: "file" },
     ),
   );
+  return [cut, views];
 }
 
 export const counts = ({ added, removed }) => [

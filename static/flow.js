@@ -16,7 +16,7 @@ import {
   toggle,
   toggled,
 } from "./parts.js";
-import { add_older, changed, is_new, state } from "./store.js";
+import { add_older, by_name, changed, is_new, state } from "./store.js";
 import { get, post, send_messages } from "./api.js";
 import { composer } from "./composer.js";
 import { talk_graph } from "./graph.js";
@@ -260,7 +260,7 @@ function compose(thread) {
 
 function filter_field() {
   const agents = state.agents.map((agent) => agent.name);
-  const names = [...new Set([...agents, ...state.messages.flatMap((message) => [message.from, message.to])])].sort();
+  const names = [...new Set([...agents, ...state.messages.flatMap((message) => [message.from, message.to])])].sort(by_name);
   return h(
     "label",
     null,

@@ -1,6 +1,7 @@
 // Who talks to whom, drawn: a line is as thick as the messages between two are many.
 
 import { h } from "./dom.js";
+import { by_name } from "./store.js";
 import { plural, you_or } from "./text.js";
 
 /** [{a, b, count}]: both directions together, the system and messages to everyone left out. */
@@ -17,7 +18,7 @@ function pairs(messages) {
 
 /** They stand on an ellipse, with room for a name each. */
 function places(names) {
-  const across = Math.max(180, 17 * names.length);
+  const across = Math.max(180, 15 * names.length);
   const down = Math.max(108, 11 * names.length);
   const [width, height] = [2 * across + 160, 2 * down + 84];
   const place = (angle) => ({ x: width / 2 + Math.cos(angle) * across, y: height / 2 + Math.sin(angle) * down });
@@ -30,7 +31,7 @@ const said = ({ a, b, count }) => `${you_or(a)} and ${you_or(b)}: ${plural(count
 export function talk_graph(messages) {
   const edges = pairs(messages);
   if (!edges.length) return h("p", { class: "empty" }, "No two have written to each other yet.");
-  const names = [...new Set(edges.flatMap(({ a, b }) => [a, b]))].sort();
+  const names = [...new Set(edges.flatMap(({ a, b }) => [a, b]))].sort(by_name);
   const { width, height, at } = places(names);
   const most = edges.at(-1).count;
   const graph = h(

@@ -102,7 +102,7 @@ export function question_card(question, { keys = false, ...props } = {}) {
           placeholder: question.options?.length ? "Or in your own words…" : "Your answer",
           on_enter: send,
         }),
-        asking_button(question_group(id), "Cancel", "Cancel the question", cancel, { name: `Cancel question ${id}` }),
+        asking_button(question_group(id), "Cancel question", "Cancel the question", cancel, { name: `Cancel question ${id}` }),
         plain("Send", send, { disabled: is_busy(question_group(id)), kind: question.options?.length ? "" : "main" }),
       ),
       refusal(question_group(id)),

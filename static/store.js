@@ -164,9 +164,11 @@ export const is_running_phase = (phase) => phase === "queued" || phase === "buil
 const is_open_approval = (row) => row.status === "pending" || is_running_phase(row.phase);
 export const agent_named = (name) => state.agents.find((agent) => agent.name === name);
 
+const padded = (name) => name.replace(/\d+/g, (digits) => digits.padStart(9, "0"));
+
 /** a2 comes before a10. */
-const in_order = (name) => name.replace(/\d+/g, (digits) => digits.padStart(9, "0"));
+export const by_name = (one, other) => (padded(one) < padded(other) ? -1 : 1);
 
 function sort_agents() {
-  state.agents.sort((a, b) => b.manager - a.manager || (in_order(a.name) < in_order(b.name) ? -1 : 1));
+  state.agents.sort((a, b) => b.manager - a.manager || by_name(a.name, b.name));
 }

@@ -355,7 +355,8 @@ def test_what_is_not_shown_of_a_change_is_said_and_approved_with_a_press_more(
 
     def cut(route: Route) -> None:
         shown = route.fetch().json()
-        shown["approval"] |= {"diff": shown["approval"]["diff"] + "\n… (1234 bytes more)\n"}
+        text = shown["approval"]["diff"] + "\n… (1234 bytes more)\n"
+        shown["approval"] |= {"diff": text, "cut_bytes": 1234}
         route.fulfill(json=shown)
 
     tab.page.route(re.compile(f"/api/approvals/{number}$"), cut)
