@@ -156,6 +156,11 @@ def test_no_child_process_goes_through_a_shell(name: str) -> None:
     refuse(refused)
 
 
+def test_the_daemon_changes_nothing_that_its_threads_share() -> None:
+    """What one of them sets for a moment, a child that another one starts would inherit."""
+    assert re.findall(r"\bos\.(?:umask|f?chdir|putenv)\(|\bos\.environ\[[^]]*\] = ", source("hyperhive.py")) == []
+
+
 @program
 def test_imports_are_the_standard_library_and_two_packages_where_they_are_used(name: str) -> None:
     tree = ast.parse(source(name))
