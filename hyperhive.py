@@ -393,6 +393,10 @@ class Phase(enum.StrEnum):
     FAILED = "failed"
 
 
+UNDER_WAY: Final = (Phase.BUILDING, Phase.SWITCHING)
+LIVE_PHASES: Final = (Phase.QUEUED, *UNDER_WAY)
+
+
 class HarnessState(enum.StrEnum):
     """What a harness says of itself; `offline` is the host's word for one that isn't connected."""
 
@@ -1065,11 +1069,28 @@ def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    sync_folder(path.parent)
+
+
+def until_done(work: Callable[[], T], is_over: Callable[[], bool]) -> T | None:
+    """What has to be done though the disk is full, say: again each second, until it could be, or the daemon stops."""
+    while True:
+        try:
+            return work()
+        except Exception:
+            if is_over():
+                return None
+            log.exception("trying it again in a second")
+            time.sleep(1)
+
+
+def sync_folder(folder: Path) -> None:
+    """A new name in a folder is durable once the folder is."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 # ──────────────────────────────────────────────────────────────────────────────
@@ -2278,6 +2299,7 @@ WHOLE: Final = 1_000_000  # lines of context around each change
 READ_MAX: Final = 256 * 1024
 CUT: Final = re.compile(r"\n… \((\d+) bytes more\)\n\Z")  # no line of a diff begins like that
 GIT_MEMORY: Final = 512 * 1024 * 1024
+# What a line of a config may touch, in a person's words. A hint beside the diff, never a verdict.
 TOUCHES: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
     (re.compile(r"\bsystemPackages\b"), "programs that its shell finds"),
     (re.compile(r"\bservices\.hyperhive\.harness\b"), "how its Claude is run or prompted"),
@@ -2570,9 +2592,15 @@ class Repositories:
         git("update-ref", BUILD_REFS + sha, sha, cwd=folder)
 
     def mark_deployed(self, name: str, sha: str, deploy: int) -> None:
-        folder = self._config.repository(name)
-        git("update-ref", "refs/heads/main", sha, cwd=folder)
-        git("update-ref", f"refs/tags/deployed/{deploy}", sha, cwd=folder)
+        """Both refs or, where it is refused, none."""
+        refs = f"update refs/heads/main {sha}\nupdate refs/tags/deployed/{deploy} {sha}\n"
+        git("update-ref", "--stdin", cwd=self._config.repository(name), stdin=refs.encode())
+
+    def unlock(self) -> None:
+        """At the start, when no git of ours runs: one that was killed left its locks, and no other would go on."""
+        for repository in (self._config.state_dir / "applied").glob("*"):
+            for lock in (*repository.glob("*.lock"), *(repository / "refs").rglob("*.lock")):
+                lock.unlink()
 
 
 def proposal_ref(approval: int) -> str:
@@ -2691,16 +2719,43 @@ def nix_scopes(lines: list[str]) -> Iterator[str]:
             attribute = stack.pop()
 
 
+FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+
+
 def remove_tree(folder: Path) -> None:
-    """Delete a folder that an agent may have filled: links are removed, never followed."""
-    if not shutil.rmtree.avoids_symlink_attacks:
-        raise Refused("unsupported", "this Python can't delete a tree safely here")
+    """Delete a folder that an agent may have filled, however deep: links are removed, never followed."""
     try:
-        shutil.rmtree(folder)
+        top = os.open(folder, FOLDER)
+        try:
+            waiting = _flatten(top, top)
+            while waiting:
+                name = waiting.pop()
+                inner = os.open(name, FOLDER, dir_fd=top)
+                try:
+                    waiting += _flatten(inner, top)
+                finally:
+                    os.close(inner)
+                os.rmdir(name, dir_fd=top)
+        finally:
+            os.close(top)
+        folder.rmdir()
     except FileNotFoundError:
         pass
     except OSError as error:
         raise Refused("storage", f"can't remove {folder}: {error}") from None
+
+
+def _flatten(inner: int, top: int) -> list[str]:
+    """Empty one folder: folders in it move to the top, where they have the names returned; all else goes."""
+    moved = []
+    with os.scandir(inner) as entries:
+        for entry in list(entries):
+            if entry.is_dir(follow_symlinks=False):
+                moved.append(secrets.token_hex(16))
+                os.rename(entry.name, moved[-1], src_dir_fd=inner, dst_dir_fd=top)
+            else:
+                os.unlink(entry.name, dir_fd=inner)
+    return moved
 
 
 # ──────────────────────────────────────────────────────────────────────────────
@@ -3222,6 +3277,7 @@ class Containers(Protocol):
     def start(self, name: str) -> None: ...
     def stop(self, name: str, *, graceful: bool) -> None: ...
     def destroy(self, name: str) -> None: ...
+    def exists(self, name: str) -> bool: ...
     def states(self) -> dict[str, ContainerState]: ...
     def log(self, name: str, lines: int, after: str | None) -> tuple[list[str], str]: ...
 
@@ -3379,6 +3435,9 @@ class ProcessContainers:
 
     def destroy(self, name: str) -> None:
         self.stop(name, graceful=True)
+
+    def exists(self, name: str) -> bool:
+        return name in self._running
 
     def states(self) -> dict[str, ContainerState]:
         with self._lock:
@@ -3569,6 +3628,7 @@ class NixosContainers:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._ending = threading.Event()
+        self._reloaded: set[str] = set()  # whose limits systemd has read, as far as we know
         self._lock = threading.Lock()
         self._changes = 0  # of ours: a look that began before one is worth nothing after it
         self._seen: tuple[float, dict[str, ContainerState]] = (0.0, {})
@@ -3720,13 +3780,18 @@ class NixosContainers:
             f"MemoryMax={config.memory_max}\nCPUQuota={config.cpu_quota}\nTasksMax={config.tasks_max}\n"
         )
         try:
-            if path.exists() and path.read_text() == text:
+            if name in self._reloaded and path.exists() and path.read_text() == text:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text, mode=0o644)
         except OSError as error:
             raise Refused("storage", f"can't write {path}: {error.strerror}") from None
-        self._ask("systemctl", "daemon-reload")
+        self._reload()
+        self._reloaded.add(name)
+
+    def _reload(self) -> None:
+        """All units of the machine are read anew: that may take its time."""
+        run(["systemctl", "daemon-reload"], env=self._environment(), timeout_s=self.COMMAND_S)
 
     # -- building
 
@@ -3854,7 +3919,10 @@ class NixosContainers:
         remove_tree(self._config.system_dir(name))
         if self._drop_in(name).exists():
             remove_tree(self._drop_in(name).parent)
-            self._ask("systemctl", "daemon-reload")
+            self._reload()
+
+    def exists(self, name: str) -> bool:
+        return self._is_ours(name)
 
     def _running(self, name: str) -> bool:
         self._forget_states()
@@ -3914,11 +3982,13 @@ def make_containers(config: Config) -> Containers:
 # Agents
 # ──────────────────────────────────────────────────────────────────────────────
 # Life cycle. `wanted` in the table says what should be; the watch compares it with what runs. A stop of
-# ours clears `wanted` first, so that it can never be taken for a crash.
+# ours clears `wanted` first, so that it can never be taken for a crash; a restart keeps the watch out by its lock.
 
 
 class Agents:
     """Start, stop, watch, destroy. `doors` opens and closes an agent's socket."""
+
+    LIVE_DEPLOY: Final = "SELECT 1 FROM deploys WHERE agent = ? AND phase IN (?, ?, ?)"
 
     def __init__(
         self, config: Config, store: Store, broker: Broker, approvals: Approvals, containers: Containers
@@ -3930,8 +4000,8 @@ class Agents:
         self.connected: dict[str, set[object]] = defaultdict(set)  # connections on which a harness said hello
         self.running: frozenset[str] = frozenset()
         self.busy: set[str] = set()  # being deployed: not the watch's business
-        self.attached: dict[str, threading.Event] = {}  # somebody is at its keyboard; set: its loop holds still
         self.starting: dict[str, threading.Thread] = {}  # nor are these
+        self.attached: dict[str, threading.Event] = {}  # somebody is at its keyboard; set: its loop holds still
         self._leaving = False
         self._locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
         self._crashes: dict[str, deque[int]] = defaultdict(deque)
@@ -3954,9 +4024,19 @@ class Agents:
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (runtime / "ui-token").exists():
             write_atomically(runtime / "ui-token", secrets.token_urlsafe(32))
-        if self._config.environment_file:
-            write_atomically(runtime / "environment", Path(self._config.environment_file).read_text())
         self.open_door(name)
+        self._pass_environment(runtime / "environment")
+
+    def _pass_environment(self, target: Path) -> None:
+        source = self._config.environment_file
+        if not source:
+            target.unlink(missing_ok=True)
+            return
+        try:
+            write_atomically(target, Path(source).read_text())
+        except (OSError, ValueError) as error:
+            hint = "the setting environment_file names it"
+            raise Refused("storage", f"{source} can't be passed on to agents: {error}", hint) from None
 
     def page_url(self, name: str) -> str:
         try:
@@ -3977,8 +4057,8 @@ class Agents:
 
     def _ready(self, name: str) -> None:
         row = self.living(name)
-        under_way = "SELECT 1 FROM deploys WHERE agent = ? AND phase IN ('building', 'switching')"
-        if row["deployed_sha"] is None or self._store.row(under_way, name):
+        under_way = "SELECT 1 FROM deploys WHERE agent = ? AND phase IN (?, ?)"
+        if row["deployed_sha"] is None or self._store.row(under_way, name, *UNDER_WAY):
             raise Refused("conflict", f"{name} is being deployed", "try again when that is over")
 
     def start(self, actor: Actor, name: str) -> None:
@@ -4007,18 +4087,14 @@ class Agents:
     def restart(self, actor: Actor, name: str) -> None:
         self._ready(name)
         with self._locks[name]:
-            self._want(actor, name, "restart", wanted=False)
+            self._want(actor, name, "restart", wanted=True)  # all along: if we die now, the next daemon starts it
             self.containers.stop(name, graceful=True)
             self._crashes[name].clear()
             self.prepare(name)
-            self._store.write(lambda tx: self._revive(tx, name))
+            told = "You were restarted; your notes are in /state."
+            self._store.write(lambda tx: self._broker.tell(tx, name, "restarted", told))
             self.containers.start(name)
         self.look()
-
-    def _revive(self, tx: Tx, name: str) -> None:
-        tx.execute("UPDATE agents SET wanted = 1, failed = NULL WHERE name = ?", name)
-        tx.changed("agent", name)
-        self._broker.tell(tx, name, "restarted", "You were restarted; your notes are in /state.")
 
     def _want(self, actor: Actor, name: str, what: str, *, wanted: bool) -> None:
         def work(tx: Tx) -> None:
@@ -4052,7 +4128,8 @@ class Agents:
         """Remove the container; keep notes, sign-in, config and mail, or with `purge` wipe all of it."""
         if name == MANAGER:
             raise Refused("forbidden", "the manager can't be destroyed", "stop it, if it should rest")
-        self.known(name, kept=purge)
+        self.known(name, kept=purge or self.containers.exists(name))
+        self._refuse_deployed(self._store.row(self.LIVE_DEPLOY, name, *LIVE_PHASES), name)  # before we wait for it
         with self._locks[name]:
             self._store.write(lambda tx: self._retire(tx, actor, name, purge=purge))
             self.take_down(name, wipe=purge)
@@ -4078,9 +4155,13 @@ class Agents:
         tx.execute("DELETE FROM agents WHERE name = ?", name)
         tx.changed("agent", name)
 
-    def _retire(self, tx: Tx, actor: Actor, name: str, *, purge: bool) -> None:
-        if tx.one("SELECT 1 FROM deploys WHERE agent = ? AND phase IN ('queued', 'building', 'switching')", name):
+    @staticmethod
+    def _refuse_deployed(deploy: sqlite3.Row | None, name: str) -> None:
+        if deploy is not None:
             raise Refused("conflict", f"{name} is being deployed", "try again when that is over")
+
+    def _retire(self, tx: Tx, actor: Actor, name: str, *, purge: bool) -> None:
+        self._refuse_deployed(tx.one(self.LIVE_DEPLOY, name, *LIVE_PHASES), name)
         tx.execute(
             "UPDATE agents SET kept = 1, wanted = 0, failed = NULL, state = 'offline', state_since = ?,"
             " status_text = NULL, status_set_at = NULL, state_reason = NULL WHERE name = ?",
@@ -4101,27 +4182,37 @@ class Agents:
             except (Refused, OSError) as error:
                 log.error("can't prepare %s: %s", name, error)
             if row["wanted"] and not states.get(name, ContainerState(False)).running:
-                self._start_soon(name)
+                self._soon(name, self._start_wanted)
+        for row in self._store.rows("SELECT name FROM agents WHERE kept"):
+            if self.containers.exists(row["name"]):  # its destruction was broken off
+                self._soon(row["name"], self._take_down_kept)
         self._join_starts(10.0)
         self.look()
 
-    def _start_soon(self, name: str) -> None:
-        """A container may take a minute to start: nothing else waits for it."""
-        thread = threading.Thread(target=self._start_wanted, args=(name,), name=f"start-{name}", daemon=True)
+    def _soon(self, name: str, work: Callable[[str], None]) -> None:
+        """A container may take a minute to start or to stop: nothing else waits for it."""
+        thread = threading.Thread(target=self._try, args=(name, work), name=f"start-{name}", daemon=True)
         self.starting[name] = thread
         thread.start()
 
-    def _start_wanted(self, name: str) -> None:
+    def _try(self, name: str, work: Callable[[str], None]) -> None:
         try:
             with self._locks[name]:
-                row = self._store.row("SELECT 1 FROM agents WHERE name = ? AND wanted AND NOT kept", name)
-                if row is not None and name not in self.busy and not self._leaving:
-                    self.prepare(name)
-                    self.containers.start(name)
+                if name not in self.busy and not self._leaving:
+                    work(name)
         except (Refused, OSError) as error:
-            log.error("can't start %s: %s", name, error)
+            log.error("can't bring %s to where it should be: %s", name, error)
         finally:
             self.starting.pop(name, None)
+
+    def _start_wanted(self, name: str) -> None:
+        if self._store.row("SELECT 1 FROM agents WHERE name = ? AND wanted AND NOT kept", name):
+            self.prepare(name)
+            self.containers.start(name)
+
+    def _take_down_kept(self, name: str) -> None:
+        if self._store.row("SELECT 1 FROM agents WHERE name = ? AND kept", name):
+            self.take_down(name, wipe=False)
 
     def _join_starts(self, limit_s: float) -> None:
         end = time.monotonic() + limit_s
@@ -4194,15 +4285,15 @@ class Agents:
         status = f" ({state.ended})" if state is not None and state.ended else ""
         self._store.write(lambda tx: self._report_crash(tx, name, status, give_up=give_up, count=len(recent)))
         if not give_up:
-            self._start_soon(name)
+            self._soon(name, self._start_wanted)
 
     def _report_crash(self, tx: Tx, name: str, status: str, *, give_up: bool, count: int) -> None:
         if give_up:
-            reason = f"its container stopped {count} times in ten minutes{status}"
+            reason = f"its container was found down {count} times in ten minutes{status}"
             tx.execute("UPDATE agents SET wanted = 0, failed = ? WHERE name = ?", reason, name)
             text = f"{name} is stopped: {reason}. `logs {name}` shows its last words."
         else:
-            text = f"The container of {name} stopped by itself{status} and was started again."
+            text = f"The container of {name} should run and did not{status}: it is started again."
         tx.audit(SYSTEM_ACTOR, "container_crash", name, text)
         tx.changed("agent", name)
         self._broker.tell(tx, OPERATOR, "container_crash", text, agent=name)
@@ -4238,8 +4329,11 @@ class Attachments:
 
     def rows(self) -> list[Json]:
         """The newest first."""
-        entries = [entry for entry in os.scandir(self._folder()) if entry.is_file(follow_symlinks=False)]
-        found = [(entry.name, entry.stat()) for entry in entries]
+        found = []
+        for entry in os.scandir(self._folder()):
+            with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
+                if entry.is_file(follow_symlinks=False):
+                    found.append((entry.name, entry.stat()))
         found.sort(key=lambda one: one[1].st_mtime, reverse=True)
         return [
             {
@@ -4262,10 +4356,11 @@ class Attachments:
         return self._config.operator_dir
 
     def _fill(self, file: IO[bytes], content: IO[bytes]) -> int:
-        shutil.copyfileobj(content, file)
+        while chunk := content.read(1024 * 1024):
+            if file.tell() + len(chunk) > self.max_bytes:
+                raise Refused("too_large", f"a file may have at most {self.max_bytes} bytes")
+            file.write(chunk)
         size = file.tell()
-        if size > self.max_bytes:
-            raise Refused("too_large", f"a file may have at most {self.max_bytes} bytes")
         file.flush()
         os.fchmod(file.fileno(), 0o644)
         os.fsync(file.fileno())
@@ -4287,6 +4382,7 @@ class Attachments:
             kept = name if number == 1 else f"{stem}-{number}{dot}{ending}"
             with contextlib.suppress(FileExistsError):
                 os.link(file, folder / kept)
+                sync_folder(folder)
                 return kept
         raise AssertionError
 
@@ -4319,9 +4415,8 @@ class Deploys:
 
     def begin(self) -> None:
         """Put back what was under way, then work."""
-        self._store.write(
-            lambda tx: tx.execute("UPDATE deploys SET phase = 'queued' WHERE phase IN ('building', 'switching')")
-        )
+        again = "UPDATE deploys SET phase = 'queued' WHERE phase IN (?, ?)"
+        self._store.write(lambda tx: tx.execute(again, *UNDER_WAY))
         for number in range(DEPLOYS_AT_ONCE):
             thread = threading.Thread(target=self._work, name=f"deploy-{number}", daemon=True)
             thread.start()
@@ -4334,6 +4429,9 @@ class Deploys:
         self._agents.containers.end_builds()
         for thread in self._threads:
             thread.join(5)
+
+    def _is_closed(self) -> bool:
+        return self._closed
 
     def wake(self) -> None:
         with self._wake:
@@ -4385,13 +4483,12 @@ class Deploys:
     # -- the workers
 
     def _work(self) -> None:
-        while (row := self._next()) is not None:
+        while (row := until_done(self._next, self._is_closed)) is not None:
             try:
                 self._carry_out(row)
             except Exception as error:  # the worker must live on; the row says what happened
                 log.exception("deploy %d", row["id"])
-                with contextlib.suppress(Refused):
-                    self._fail(row, f"internal error: {error}")
+                self._fail(row, f"internal error: {error}")
             finally:
                 with self._wake:
                     self._agents.busy.discard(row["agent"])
@@ -4422,18 +4519,21 @@ class Deploys:
             switched = True
             with self._agents.hold(name):
                 self._switch(row)
+            self._repositories.mark_deployed(name, sha, row["id"])
         except (Refused, OSError) as error:
             if self._closed:
                 return  # not its fault: the next start does it again
             with self._agents.hold(name):
                 self._fall_back(row, switched=switched)
             self._fail(row, str(error))
-        else:
-            self._repositories.mark_deployed(name, sha, row["id"])
-            self._compare_again(name, sha)  # before anybody hears of the deploy and looks at what is older
-            self._store.write(lambda tx: self._succeed(tx, row, sha))
-            self._compare_again(name, sha, late=True)
-            self._agents.look()
+            return
+        for step in (
+            lambda: self._compare_again(name, sha),  # before anybody hears of the deploy and looks at what is older
+            lambda: self._store.write(lambda tx: self._succeed(tx, row, sha)),
+            lambda: self._compare_again(name, sha, late=True),
+            self._agents.look,
+        ):
+            until_done(step, self._is_closed)
 
     def _build(self, row: sqlite3.Row) -> str:
         """Make everything that the container needs; returns the sha that it will run."""
@@ -4493,7 +4593,8 @@ class Deploys:
             containers.start(name)
             self._await_hello(name)
         except Refused:
-            self._say_lines(row, containers.log(name, 20, None)[0])
+            with contextlib.suppress(Refused, OSError):
+                self._say_lines(row, containers.log(name, 20, None)[0])
             raise
         self._say(row, "the harness said hello")
 
@@ -4545,13 +4646,12 @@ class Deploys:
             self._broker.tell(tx, name, "restarted", "You were restarted with a new config; your notes are in /state.")
 
     def _fail(self, row: sqlite3.Row, error: str) -> None:
-        tail = [
-            line["line"]
-            for line in self._store.rows("SELECT line FROM deploy_log WHERE deploy = ? ORDER BY n", row["id"])
-        ]
-        text = "\n".join([error, *tail[-20:]])[-4000:]
+        """However long it takes: while it is not stored, nobody may start, stop or destroy the agent."""
 
         def work(tx: Tx) -> None:
+            last = "SELECT line FROM deploy_log WHERE deploy = ? ORDER BY n DESC LIMIT 20"
+            lines = [line["line"] for line in tx.execute(last, row["id"])]
+            text = error[:2000] + "\n" + "\n".join(reversed(lines))[-2000:]
             tx.execute(
                 "UPDATE deploys SET phase = 'failed', error = ?, ended_at = ? WHERE id = ?", text, now_ms(), row["id"]
             )
@@ -4562,7 +4662,7 @@ class Deploys:
             if row["kind"] == "spawn":
                 self._approvals.unadmit(tx, row["agent"])
 
-        self._store.write(work)
+        until_done(lambda: self._store.write(work), self._is_closed)
 
     def _fall_back(self, row: sqlite3.Row, *, switched: bool) -> None:
         """Run what ran before; of an agent that never ran, no container stays. A build that failed touched nothing."""
@@ -4617,7 +4717,10 @@ class Deploys:
                 tx.insert("deploy_log", deploy=row["id"], n=number, line=line)
             tx.changed("deploy_log", (row["id"], first, tuple(lines)))
 
-        self._store.write(work)
+        try:
+            self._store.write(work)
+        except Refused as error:  # what is lost is a line, not the deploy
+            log.warning("a line of the log of deploy %d is lost: %s", row["id"], error)
 
 
 # ──────────────────────────────────────────────────────────────────────────────
@@ -4687,9 +4790,15 @@ class Prechecks:
 
     def begin(self) -> None:
         if self.is_on:
-            unfinished = "UPDATE approvals SET precheck = NULL WHERE json_extract(precheck, '$.state') = 'running'"
-            self._store.write(lambda tx: tx.execute(unfinished))
+            self._store.write(self._forget_unfinished)
             self._thread.start()
+
+    @staticmethod
+    def _forget_unfinished(tx: Tx) -> None:
+        unfinished = "SELECT id FROM approvals WHERE json_extract(precheck, '$.state') = 'running'"
+        for row in tx.execute(unfinished).fetchall():
+            tx.execute("UPDATE approvals SET precheck = NULL WHERE id = ?", row["id"])
+            tx.changed("approval", row["id"])
 
     def close(self) -> None:
         self._closed = True
@@ -4702,13 +4811,16 @@ class Prechecks:
         """Called each tick: is there something to try, and does anybody still want what is being tried?"""
         if not self.is_on:
             return
-        if self._now is not None:
+        if (now := self._now) is not None:
             shown = "SELECT id, status, fingerprint, fetched_sha, base_sha FROM approvals WHERE id = ?"
-            row = self._store.row(shown, self._now[0])
-            if row is None or row["status"] != Status.PENDING or digest_of(row) != self._now[1]:
+            row = self._store.row(shown, now[0])
+            if row is None or row["status"] != Status.PENDING or digest_of(row) != now[1]:
                 self._stop.set()
         elif self._next() is not None:
             self._wake.set()
+
+    def _is_closed(self) -> bool:
+        return self._closed
 
     def _next(self) -> sqlite3.Row | None:
         kinds = ", ".join(f"'{kind}'" for kind in PRECHECKED)
@@ -4724,7 +4836,7 @@ class Prechecks:
             self._try_all()
 
     def _try_all(self) -> None:
-        while not self._closed and (row := self._next()) is not None:
+        while not self._closed and (row := until_done(self._next, self._is_closed)) is not None:
             self._now = row["id"], digest_of(row)
             self._stop.clear()
             try:
@@ -4732,9 +4844,11 @@ class Prechecks:
                     self._try(row)
             except Exception as error:  # the thread must live on; the request says what happened
                 log.exception("the pre-check of request %d", row["id"])
-                self._note(row, {"state": "failed", "error": f"internal error: {error}"})
-            finally:
-                self._now = None
+                verdict = {"state": "failed", "error": f"internal error: {error}"}
+                until_done(functools.partial(self._note, row, verdict), self._is_closed)
+            if self._stop.is_set():  # it may be wanted again: by an undo, say
+                until_done(lambda: self._store.write(self._forget_unfinished), self._is_closed)
+            self._now = None
 
     def _try(self, row: sqlite3.Row) -> None:
         begun = time.monotonic()
@@ -4832,8 +4946,6 @@ APPROVAL_SQL: Final = """
         (SELECT e.id FROM deploys e WHERE e.approval = a.id
             ORDER BY e.phase = 'deployed', e.phase = 'failed', e.id LIMIT 1)
 """
-# What a line of a config may touch, in a person's words. A hint beside the diff, never a verdict.
-LIVE_PHASES: Final = ("queued", "building", "switching")
 WORRIES: Final = {  # system messages to the operator that stay on the screen until they are read
     "dead_letter": "dead_letter",
     "container_crash": "crashed",
@@ -4844,12 +4956,6 @@ WORRIES: Final = {  # system messages to the operator that stay on the screen un
 }
 
 
-def holding(words: str) -> str:
-    """A pattern of LIKE, whose escape is a backslash, for the JSON that holds these words; all do if there are none."""
-    as_stored = json.dumps(words)[1:-1]
-    return "%" + re.sub(r"[\\%_]", r"\\\g<0>", as_stored) + "%"
-
-
 THREAD_SQL: Final = """
     WITH RECURSIVE thread (id) AS (
         SELECT ?
@@ -4858,6 +4964,12 @@ THREAD_SQL: Final = """
         LIMIT 500)
     SELECT messages.* FROM messages JOIN thread USING (id) ORDER BY id
 """
+
+
+def like_pattern(words: str) -> str:
+    """For LIKE, whose escape is a backslash: the JSON that holds these words; all does if there are none."""
+    as_stored = json.dumps(words)[1:-1]
+    return "%" + re.sub(r"[\\%_]", r"\\\g<0>", as_stored) + "%"
 
 
 class Views:
@@ -5172,7 +5284,7 @@ class Views:
         shown: list[Json] = []
         size = 0
         with self._store.read() as connection:
-            for row in connection.execute(query, (agent, before, after, most, holding(words))):
+            for row in connection.execute(query, (agent, before, after, most, like_pattern(words))):
                 size += len(row["data"])
                 if shown and size > EVENTS_BYTES:
                     break
@@ -7623,6 +7735,7 @@ class Daemon:
         services = self._assemble(store)
         self._closers.callback(services.agents.leave)
         services.approvals.fail_orphans()
+        services.repositories.unlock()
         services.agents.recover()
         services.deploys.begin()
         self._closers.callback(services.deploys.close)

@@ -348,6 +348,19 @@ def test_limits_and_restarts_are_in_a_drop_in(folder: Path) -> None:
 
 
 @real
+def test_limits_that_systemd_was_not_told_of_are_told_before_a_start(hive: NixosHive) -> None:
+    """The file was written, and then the daemon was killed, say."""
+    hive.spawn("alice")
+    hive.stop()
+    read_by_systemd = hive.units / "container@h-alice.service/drop-in"
+    read_by_systemd.unlink()
+    hive.start()
+    for verb in ("stop", "start"):
+        assert (answer := hive.ask(cmd=verb, scope={"agent_names": ["alice"]}))["ok"], answer
+    assert "MemoryMax=" in read_by_systemd.read_text()
+
+
+@real
 def test_destroyed_and_revived_and_purged(hive: NixosHive) -> None:
     hive.spawn("alice")
     notes = hive.state / "agents/alice/state/notes.md"
@@ -495,6 +508,9 @@ def test_of_a_build_that_chatters_the_ends_are_kept(hive: NixosHive) -> None:
     assert deploy["phase"] == "deployed", deploy["log"][-5:]
     assert sum(map(len, deploy["log"])) < 500_000
     assert any("bytes left out" in line for line in deploy["log"]) and any("the end" in line for line in deploy["log"])
+    chatter = f"for n in {' '.join(map(str, range(20)))}; do echo {'x' * 400}; done; exit 1"
+    error = hive.change("bob", config(build=chatter))["error"]
+    assert "failed with status 1" in error.partition("\n")[0] and "xxx" in error, "the reason comes first"
 
 
 @real
@@ -572,7 +588,7 @@ def test_a_crash_is_told_once_and_the_third_in_ten_minutes_stops_it(hive: NixosH
             time.sleep(1.5)  # a tick or two in which nothing more is told
             assert len(messages(hive, "container_crash")) == crash
     last = messages(hive, "container_crash")[-1]["body"]
-    assert "alice is stopped: its container stopped 3 times in ten minutes" in last
+    assert "alice is stopped: its container was found down 3 times in ten minutes" in last
     time.sleep(1.5)
     assert not row(hive, "alice")["running"] and row(hive, "alice")["failed"]
     assert hive.program("nixos-container", "status", "h-alice") == "down\n"

@@ -1,9 +1,11 @@
 """Whoever is killed, whenever: mail is neither lost nor doubled, the session goes on, and nothing is left running."""
 
 import json
+import os
 import random
 import re
 import sqlite3
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +19,7 @@ import pytest
 from conftest import CLAUDE
 from fakes.harness import rehearse
 from fakes.messages_api import Api
-from hive import Hive, processes_of, wait_for
+from hive import Hive, end, is_alive, processes_of, wait_for
 
 LIMITS = {"crashes": 10_000, "attempts": 10_000, "messages_per_minute": 0}
 
@@ -158,3 +160,95 @@ def heard(api: Api) -> list[str]:
 
 def plain(content: Any) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+
+
+# ── in the middle of what the operator wants ──
+
+
+def is_audited(hive: Hive, what: str) -> bool:
+    return any(row["what"] == what for row in hive.api("GET", "/api/audit").body["audit"])
+
+
+def killed_during(hive: Hive, agent: str, **request: Any) -> None:
+    """The daemon, while it waits for the end of a harness that does not hear."""
+    (harness,) = Trial(hive, 0).harness()
+    harness.suspend()
+
+    def ask() -> None:
+        with suppress(AssertionError, OSError):
+            hive.ask(**request, name=agent)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    wait_for(lambda: is_audited(hive, request["cmd"]), f"the {request['cmd']} to begin")
+    hive.kill()
+    asking.join()
+    hive.start()
+
+
+def state_of(hive: Hive, name: str) -> str:
+    return next((row["state"] for row in hive.ask(cmd="agents")["agents"] if row["name"] == name), "")
+
+
+def test_a_restart_that_the_daemon_did_not_live_to_end_leaves_no_agent_behind(folder: Path) -> None:
+    with Hive(folder) as hive:
+        hive.spawn("alice", running=True)
+        killed_during(hive, "alice", cmd="restart")
+        end(Trial(hive, 0).harness())
+        wait_for(lambda: state_of(hive, "alice") == "idle", "alice to run again")
+
+
+def test_what_was_being_destroyed_goes_with_the_next_daemon(folder: Path) -> None:
+    with Hive(folder) as hive:
+        hive.spawn("alice", running=True)
+        (harness,) = Trial(hive, 0).harness()
+        killed_during(hive, "alice", cmd="destroy", purge=False)
+        wait_for(lambda: not is_alive(harness), "the end of the harness", timeout_s=60)
+        wait_for(lambda: not hive.ask(cmd="destroy", name="alice")["ok"], "the end of all of it")
+        assert hive.ask(cmd="destroy", name="alice")["code"] == "unknown_agent"
+
+
+# ── deploys in trouble ──
+
+
+def deployed(hive: Hive, deploy: int) -> dict[str, Any]:
+    def over() -> Any:
+        row = hive.ask(cmd="deploys", id=deploy)["deploys"][0]
+        return row if row["phase"] in ("deployed", "failed") else None
+
+    row: dict[str, Any] = wait_for(over, f"the end of deploy {deploy}", timeout_s=60)
+    return row
+
+
+def test_a_failure_that_could_not_be_stored_is_stored_later(folder: Path) -> None:
+    """While it is not, the agent could be neither started nor destroyed."""
+    key = folder / "environment"
+    key.write_text("")
+    with Hive(folder, environment_file=str(key)) as hive:
+        hive.spawn("alice", running=True)
+        key.unlink()
+        os.mkfifo(key)
+        deploy = hive.ask(cmd="rebuild", name="alice")["deploy"]
+        with key.open("wb") as pipe, closing(sqlite3.connect(hive.state / "hive.sqlite")) as database:
+            database.execute("BEGIN IMMEDIATE")  # as if the disk were full
+            pipe.write(b"\xff")
+            pipe.close()
+            wait_for(lambda: "trying it again" in hive.log.read_text(), "a try in vain", timeout_s=60)
+        assert "environment can't be passed on" in deployed(hive, deploy)["error"]
+        key.unlink()
+        key.write_text("")
+        assert hive.ask(cmd="restart", name="alice")["ok"]
+
+
+def test_a_commit_that_can_not_be_marked_is_switched_back_and_a_killed_gits_lock_goes(folder: Path) -> None:
+    with Hive(folder) as hive:
+        hive.spawn("alice", running=True)
+        lock = hive.state / "applied/alice/refs/heads/main.lock"
+        lock.touch()
+        row = deployed(hive, hive.ask(cmd="rebuild", name="alice")["deploy"])
+        assert row["phase"] == "failed" and "main.lock" in row["error"]
+        assert any("falling back" in line for line in row["log"])
+        wait_for(lambda: state_of(hive, "alice") == "idle", "what ran before")
+        hive.kill()
+        hive.start()
+        assert deployed(hive, hive.ask(cmd="rebuild", name="alice")["deploy"])["phase"] == "deployed"

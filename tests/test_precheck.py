@@ -285,6 +285,19 @@ def test_it_ends_with_an_approval_too_and_the_deploy_has_its_own_priority(folder
         wait_for(lambda: [process.info["nice"] for process in builders()] == [0], "the build of the deploy")
 
 
+def test_it_begins_again_with_an_undo(folder: Path) -> None:
+    with NixosHive(folder, precheck="build", undo_s=60) as hive:
+        asked = hive.propose("alice", SLOW)
+        wait_for(builders, "the build to begin")
+        path = f"/api/approvals/{asked}"
+        assert hive.api("POST", f"{path}/approve", {"undo": True}).status == 200
+        wait_for(lambda: not builders(), "its end")
+        assert hive.api("POST", f"{path}/undo", {}).status == 200
+        wait_for(builders, "the next build")
+        deny(hive, asked)
+        wait_for(lambda: not builders(), "the end of the build")
+
+
 def test_it_ends_with_the_daemon_and_begins_again_with_it(folder: Path) -> None:
     with NixosHive(folder, precheck="build") as hive:
         asked = hive.propose("alice", SLOW)

@@ -624,3 +624,22 @@ def test_a_longest_socket_path_works(folder: Path) -> None:
         assert len(os.fsencode(hive.run / "agents" / ("n" * 9) / "hive.sock")) == hyperhive.SOCKET_PATH_MAX
         with hive.spawn("ninechars").agent("ninechars") as line:
             assert line.ask("list_agents")["ok"]
+
+
+def test_an_environment_file_that_can_not_be_read_closes_no_door(folder: Path) -> None:
+    secret = folder / "environment"
+    secret.write_text("KEY=secret\n")
+    with Hive(folder, environment_file=str(secret)) as hive:
+        passed = hive.spawn("alice").run / "agents/alice/environment"
+        assert passed.read_text() == "KEY=secret\n"
+        hive.stop()
+        secret.unlink()
+        hive.start()
+        with hive.agent("alice") as alice:
+            assert alice.ask("list_agents")["ok"]
+        refused = hive.ask(cmd="restart", name="alice")
+        assert refused["code"] == "storage" and f"{secret} can't be passed on" in refused["error"]
+        hive.stop()
+        hive.configure(environment_file="")
+        hive.start()
+        assert not passed.exists(), "what is not configured any more is not passed on any more"

@@ -1,5 +1,6 @@
 """The rule that keeps the host safe, seen from the kernel: the daemon opens nothing that an agent can write."""
 
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -77,3 +78,21 @@ def test_the_daemon_opens_nothing_below_what_an_agent_can_write(folder: Path) ->
     ours = [line for thread in calls.keys() - agents for line in calls[thread].splitlines()]
     assert any("hive.sqlite" in line for line in ours) and any("git" in line for line in ours)
     assert [line for line in ours if theirs.search(line)] == []
+
+
+def test_a_purge_deletes_whatever_an_agent_left_and_follows_no_link(folder: Path) -> None:
+    with Hive(folder) as hive:
+        state = hive.spawn("alice").state / "agents/alice/state"
+        (folder / "elsewhere").mkdir()
+        (folder / "elsewhere/file").touch()
+        inner = os.open(state, os.O_RDONLY)
+        for _ in range(1500):  # deeper than Python recurses
+            os.symlink(folder / "elsewhere", "link", dir_fd=inner)
+            os.mkfifo("pipe", dir_fd=inner)
+            os.mkdir("d", dir_fd=inner)
+            outer, inner = inner, os.open("d", os.O_RDONLY, dir_fd=inner)
+            os.close(outer)
+        os.close(inner)
+        answer = hive.ask(cmd="destroy", name="alice", purge=True)
+        assert answer["ok"], answer
+        assert not (hive.state / "agents/alice").exists() and (folder / "elsewhere/file").exists()
