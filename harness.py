@@ -53,6 +53,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import stat
 import subprocess
 import sys
 import tempfile
@@ -1291,8 +1292,9 @@ class Login:
 #   note         text: a session begun or resumed, a sign-in, processes that were left over, …
 #   partial      text: as much of a block as has been written
 #   history      before, find?, count, oldest?: the end of what `send_history` asked for
+#   notes        text: what `send_notes` asked for, empty if there are none
 #
-# The last two are only told, not stored: their id is 0.
+# The last three are only told, not stored: their id is 0.
 # `parent` is the tool_use_id of the call by which a sub-agent was started.
 
 
@@ -1433,6 +1435,14 @@ def bounded(data: Json) -> Json:
         return shorter if limit > 16 else {"text": cut(encode(data).decode(), EVENT_TEXT)}
     except RecursionError:
         return {"text": "It is nested too deeply to be kept."}
+
+
+def beginning_of(path: Path) -> str:
+    """Of a file that the agent writes: as much as is shown. Nothing, if it can't be read or is no file."""
+    with contextlib.suppress(OSError), os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file.read(EVENT_TEXT + 1).decode("utf-8", "replace")
+    return ""
 
 
 class EventStore:
@@ -1632,6 +1642,13 @@ class Journal(threading.Thread):
         told = given(before=before, find=words or None, count=len(found), oldest=found[0]["id"] if found else None)
         end = {"id": 0, "at": rfc3339(time.time()), "turn": 0, "kind": "history", "data": told}
         self._history.extend([*batches(found), [end]])
+        self._wake()
+
+    def notes(self, text: str) -> None:
+        told = bounded({"text": text})
+        event = {"id": 0, "at": rfc3339(time.time()), "turn": 0, "kind": "notes", "data": told}
+        self._show([event])
+        self._history.append([event])
         self._wake()
 
     def connected(self, last_event: int) -> None:
@@ -2162,6 +2179,8 @@ class Agent:
                 self._login.cancel()
             case "send_history":
                 self.journal.history(item.integer("before"), item.integer("max"), item.maybe("find", str) or "")
+            case "send_notes":
+                self.journal.notes(beginning_of(self.config.state / "notes.md"))
             case _:
                 log(f"nothing to do for control item {do}")
 
@@ -2996,6 +3015,7 @@ PAGE_CONTROLS: Final = {
     "/api/model": "set_model",
     "/api/pause": "pause",
     "/api/resume": "resume",
+    "/api/send_notes": "send_notes",
     "/api/login_begin": "login_begin",
     "/api/login_finish": "login_finish",
     "/api/login_cancel": "login_cancel",

@@ -421,6 +421,7 @@ class Control(enum.StrEnum):
     LOGIN_FINISH = "login_finish"
     LOGIN_CANCEL = "login_cancel"
     SEND_HISTORY = "send_history"
+    SEND_NOTES = "send_notes"
     ATTACH = "attach"
     DETACH = "detach"
 
@@ -5990,6 +5991,10 @@ class Doors:
     def is_open(self, path: Path) -> bool:
         return path in self._open and path.exists()
 
+    def in_use(self) -> list[Json]:
+        with self._lock:
+            return [{"path": str(path), "connections": len(self._connections[path])} for path in sorted(self._open)]
+
     def close_one(self, path: Path) -> None:
         with self._lock:
             if path not in self._open:
@@ -6079,6 +6084,7 @@ class Services:
     notifier: Notifier
     doors: Doors
     token: OperatorToken
+    last_words: LastWords
 
 
 class OperatorToken:
@@ -6981,6 +6987,7 @@ PLAIN_CONTROLS: Final = (
     Control.INTERRUPT,
     Control.COMPACT,
     Control.NEW_SESSION,
+    Control.SEND_NOTES,
     Control.LOGIN_BEGIN,
     Control.LOGIN_CANCEL,
 )
@@ -7196,6 +7203,8 @@ class Routes:
             get("/api/files", self.files),
             get("/api/usage", self.usage, ("days",)),
             get("/api/audit", self.audit, ("before", "max")),
+            get("/api/system", self.system),
+            get("/api/doctor", lambda: {"findings": list(doctor(self._s.config))}),
             post("/api/approvals/<number:int>/approve", self.approve),
             post("/api/approvals/<number:int>/undo", self.undo),
             post("/api/approvals/<number:int>/edit", self.edit),
@@ -7351,6 +7360,28 @@ class Routes:
 
     def audit(self) -> Json:
         return {"audit": self._s.views.audit(before=self._before(), most=self._query("max", 100, 1000))}
+
+    def system(self) -> Json:
+        """What runs here, on what, and the daemon's last words."""
+        config = self._s.config
+        disk, database = shutil.disk_usage(config.state_dir), config.state_dir.glob(f"{config.database.name}*")
+        return {
+            "versions": {
+                "hyperhive": VERSION,
+                "python": sys.version.split()[0],
+                "sqlite": sqlite3.sqlite_version,
+                **{package: version_of(package) for package in PACKAGES},
+                "linux": os.uname().release,
+            },
+            "disk": {
+                "folder": str(config.state_dir),
+                "free_bytes": disk.free,
+                "total_bytes": disk.total,
+                "database_bytes": sum(path.stat().st_size for path in database),
+            },
+            "sockets": self._s.doors.in_use(),
+            "log": self._s.last_words.rows(),
+        }
 
     def metrics(self) -> bytes:
         self._response.content_type = "text/plain; version=0.0.4; charset=utf-8"
@@ -7686,6 +7717,30 @@ def importlib_has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def version_of(package: str) -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a copy that nobody installed
+        return "unknown"
+
+
+class LastWords(logging.Handler):
+    """The end of the daemon's own log, for the page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: deque[Json] = deque(maxlen=500)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = {"at": rfc3339(int(record.created * 1000)), "level": record.levelname.lower()}
+        self._lines.append(line | {"text": self.format(record)[:4000]})
+
+    def rows(self) -> list[Json]:
+        return list(self._lines)
+
+
 class Daemon:
     """Puts the rooms together, keeps time, and takes them apart again in order."""
 
@@ -7694,11 +7749,13 @@ class Daemon:
         self._stop = threading.Event()
         self._closers = contextlib.ExitStack()
         self._systemd = Systemd(os.environ)
+        self._last_words = LastWords()
 
     def run(self, on_ready: Callable[[Services], None] = lambda services: None) -> None:
         """Serve until SIGINT or SIGTERM. `on_ready` is called once, when everything answers."""
         check_packages()
         self._hear_signals()
+        log.addHandler(self._last_words)
         with self._closers:
             services = self._begin()
             if services is not None:
@@ -7792,6 +7849,7 @@ class Daemon:
             notifier=notifier,
             doors=doors,
             token=token,
+            last_words=self._last_words,
         )
 
         def on_changes(changes: list[tuple[str, Any]]) -> None:

@@ -294,8 +294,28 @@ export function agent_main(agent, transcript, where, crumbs) {
 }
 
 /** `more` has levers before and after those that both pages have, and forms below. */
-export function agent_side(agent, base, threads, more = {}) {
-  return [heading("State"), state_panel(agent, base, more), threads_panel(agent.name, threads)];
+/** The notes that it keeps for later sessions: only it can read them, so it is asked. */
+function notes_panel({ name, running }, base, notes) {
+  const group = `notes:${name}`;
+  const ask = button(group, notes ? "Look again" : "Show", () => post(`${base}/send_notes`), {
+    kind: "quiet",
+    disabled: running === false,
+    name: `Show the notes of ${name}`,
+  });
+  return [
+    heading("Notes", ask),
+    refusal(group),
+    notes && panel({ class: "brief" }, notes.text ? prose(notes.text, { class: "pad" }) : empty("It has written none yet.")),
+  ];
+}
+
+export function agent_side(agent, base, threads, notes, more = {}) {
+  return [
+    heading("State"),
+    state_panel(agent, base, more),
+    threads_panel(agent.name, threads),
+    notes_panel(agent, base, notes),
+  ];
 }
 
 // ── On the dashboard ─────────────────────────────────────────────────────────────────────────────
@@ -357,6 +377,7 @@ export function agent_view_side(name) {
     agent,
     `/api/agents/${name}`,
     { questions, reminders: shown.reminders },
+    shown.transcript.notes,
     { first: levers(agent), end: destroy_button(agent), last: destroy_form(agent) },
   );
 }

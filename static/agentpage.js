@@ -98,7 +98,7 @@ function page() {
     h(
       "aside",
       { class: `column-side ${toggled("side") ? "shown" : ""}`, "aria-label": "State" },
-      agent_side(agent, "/api", threads, { first: pause_levers(agent, "/api") }),
+      agent_side(agent, "/api", threads, transcript.notes, { first: pause_levers(agent, "/api") }),
     ),
   );
 }

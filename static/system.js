@@ -1,8 +1,8 @@
 // System: what runs here, what is scheduled and attached, and who did what.
 
 import { h } from "./dom.js";
-import { clock, dollars, web_href } from "./text.js";
-import { button, empty, fact, heading, panel, refusal } from "./parts.js";
+import { bytes, clock, dollars, plural, web_href } from "./text.js";
+import { button, empty, fact, fold, heading, panel, refusal } from "./parts.js";
 import { changed, state, with_older } from "./store.js";
 import { get, post } from "./api.js";
 import { notify_panel } from "./notify.js";
@@ -10,12 +10,27 @@ import { files_panel, load_files } from "./files.js";
 import { load_schedules, schedules_panel } from "./schedules.js";
 
 const PAGE = 100;
-const known = { audit: null, error: null, at_start: false };
+const known = { audit: null, error: null, at_start: false, system: null, findings: null };
 
 export function load_system() {
+  load_facts();
   load_audit();
   load_schedules();
   load_files();
+}
+
+async function load_facts() {
+  try {
+    Object.assign(known, { system: await get("/api/system"), error: null });
+  } catch (error) {
+    known.error = error;
+  }
+  changed();
+}
+
+async function load_findings() {
+  known.findings = (await get("/api/doctor")).findings;
+  changed();
 }
 
 async function load_audit() {
@@ -59,8 +74,74 @@ function facts() {
       home && fact("address", h("a", { href: home }, home)),
       usage.budget_usd && fact("today", `${dollars(usage.today_usd)} of ${dollars(usage.budget_usd)} that all may spend`),
       hive.rehearsal && fact("Claude", "a rehearsal: scripted, no model is reached"),
+      known.system && system_facts(known.system),
     ),
   );
+}
+
+const LIBRARIES = { python: "Python", sqlite: "SQLite", bottle: "bottle", waitress: "waitress", linux: "Linux" };
+
+function system_facts({ versions, disk, sockets }) {
+  const running_on = Object.entries(LIBRARIES).map(([key, name]) => `${name} ${versions[key]}`);
+  const connections = sockets.reduce((sum, socket) => sum + socket.connections, 0);
+  return [
+    fact("runs on", running_on.join(", ")),
+    fact("disk", `${bytes(disk.free_bytes)} free of ${bytes(disk.total_bytes)} at ${disk.folder}`),
+    fact("database", bytes(disk.database_bytes)),
+    fact(
+      "sockets",
+      fold("system:sockets", `${sockets.length}, with ${plural(connections, "connection")}`, () =>
+        h(
+          "ul",
+          { class: "plain" },
+          sockets.map(({ path, connections: number }) =>
+            h("li", { key: path }, h("code", { class: "wrap" }, path), h("span", { class: "dim" }, ` ${number}`)),
+          ),
+        ),
+      ),
+    ),
+  ];
+}
+
+// ── The doctor, and the daemon's log ─────────────────────────────────────────────────────────────
+
+function finding({ check, ok, found, fix }) {
+  return h(
+    "div",
+    { class: "row line", key: check },
+    h("span", { class: ok ? "ok" : "bad" }, ok ? "ok" : "to mend"),
+    h("strong", null, check),
+    h("span", { class: "grow wrap dim" }, found, !ok && fix && `. ${fix}`),
+  );
+}
+
+function doctor_panel() {
+  const { findings } = known;
+  return [
+    heading("Doctor", button("doctor", findings ? "Look again" : "Look for faults", load_findings, { kind: "quiet" })),
+    panel(
+      null,
+      refusal("doctor"),
+      findings ? findings.map(finding) : empty("Looks for what can be wrong on this machine, and says what to do."),
+    ),
+  ];
+}
+
+function log_panel() {
+  const lines = known.system?.log;
+  const text = () => lines.map(({ at, level, text: line }) => `${clock(at, true)} ${level} ${line}`).join("\n");
+  return [
+    heading("Log of the daemon", button("log", "Look again", load_facts, { kind: "quiet" })),
+    panel(
+      null,
+      refusal("log"),
+      lines?.length
+        ? fold("system:log", `The last ${plural(lines.length, "line")}`, () => h("pre", { class: "log", tabindex: "0" }, text()), {
+            class: "pad",
+          })
+        : empty(lines ? "No line yet." : "Loading…"),
+    ),
+  ];
 }
 
 function audit_row(row) {
@@ -104,6 +185,8 @@ export function system_view() {
     schedules_panel(),
     files_panel(),
     notify_panel(),
+    doctor_panel(),
+    log_panel(),
     heading("Audit", known.audit && button("audit", "Look again", load_audit, { kind: "quiet" })),
     panel(
       null,

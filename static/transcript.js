@@ -36,6 +36,7 @@ export class Transcript {
     this.shown = TURNS_SHOWN;
     this.partial = "";
     this.at_start = false;
+    this.notes = null; // {text, at}: what the agent keeps in its notes, once it was asked
     this.awaited = new Map(); // what the agent is asked for → the function that is told of its end
     this.find = new Find(this);
   }
@@ -46,6 +47,7 @@ export class Transcript {
   add(events) {
     for (const event of events) {
       if (event.kind === "partial") this.partial = event.data.text;
+      else if (event.kind === "notes") this.notes = { text: event.data.text, at: event.at };
       else if (event.kind === "history") this.awaited.get(asked_for(event.data))?.(event.data);
       else this.add_one(event);
     }

@@ -2,7 +2,7 @@
 
 import { h } from "./dom.js";
 import { count, dollars, duration, thousands } from "./text.js";
-import { empty, fold, heading, panel } from "./parts.js";
+import { empty, fold, heading, panel, plain, toggle, toggled } from "./parts.js";
 import { changed, on, state } from "./store.js";
 import { get } from "./api.js";
 
@@ -40,6 +40,24 @@ function last_days() {
 }
 
 const sum = (rows, field) => rows.reduce((total, row) => total + (row[field] ?? 0), 0);
+const tokens = (rows) => TOKENS.reduce((total, [, field]) => total + sum(rows, field), 0);
+
+// What the bars show: either is a sum over rows, and words for it.
+const MEASURES = {
+  Cost: { of: (rows) => sum(rows, "cost_usd"), words: dollars, least: 0.01 },
+  Tokens: { of: tokens, words: thousands, least: 1 },
+};
+const measure = () => MEASURES[toggled("usage:measure", "Cost")];
+
+const measure_switch = () =>
+  h(
+    "div",
+    { class: "buttons", role: "group", "aria-label": "What the bars show" },
+    Object.keys(MEASURES).map((name) => {
+      const pressed = toggled("usage:measure", "Cost") === name;
+      return plain(name, () => toggle("usage:measure", name), { kind: "small", "aria-pressed": String(pressed) });
+    }),
+  );
 
 /** Agents by what they cost, dearest first: the darkest part of each bar is the first of them. */
 const by_cost = (rows) =>
@@ -50,14 +68,14 @@ const by_cost = (rows) =>
 const SHADES = 6;
 const shade = (index) => `shade-${Math.min(index, SHADES - 1)}`;
 
-/** One bar: an agent's part upon another's, as high as its cost; and how high the budget is, where that is near. */
+/** One bar: an agent's part upon another's, as high as what it used; and how high the budget is, where that is near. */
 function bar(parts, most, budget) {
   let top = 100;
   return h(
     "svg",
     { class: "day-bar", viewBox: "0 0 10 100", preserveAspectRatio: "none", "aria-hidden": "true" },
-    parts.map(([name, usd], index) => {
-      const height = (100 * usd) / most;
+    parts.map(([name, part], index) => {
+      const height = (100 * part) / most;
       top -= height;
       return height > 0 && h("rect", { key: name, class: shade(index), x: 0, y: top, width: 10, height });
     }),
@@ -71,40 +89,35 @@ function days_of(rows) {
   const agents = by_cost(rows);
   return last_days().map((day) => {
     const mine = rows.filter((row) => row.day === day);
-    const parts = agents.map(([name]) => [
-      name,
-      sum(
-        mine.filter((row) => row.agent === name),
-        "cost_usd",
-      ),
-    ]);
-    return { day, mine, parts, usd: sum(mine, "cost_usd") };
+    const parts = agents.map(([name]) => [name, measure().of(mine.filter((row) => row.agent === name))]);
+    return { day, mine, parts, whole: measure().of(mine) };
   });
 }
 
 const words_of = (parts) =>
   parts
-    .filter(([, usd]) => usd > 0)
-    .map(([name, usd]) => `${name} ${dollars(usd)}`)
+    .filter(([, part]) => part > 0)
+    .map(([name, part]) => `${name} ${measure().words(part)}`)
     .join(", ");
 
 const NEAR = 2; // a budget that is higher than this many times the dearest day would only flatten the bars
 
 function day_bars(days, agents) {
-  const dearest = Math.max(...days.map(({ usd }) => usd), 0.01);
+  const { words: in_words, least } = measure();
+  const highest = Math.max(...days.map(({ whole }) => whole), least);
   const { budget_usd = 0 } = state.usage;
-  const budget = budget_usd <= NEAR * dearest ? budget_usd : 0;
-  const most = Math.max(dearest, budget);
-  const words = ({ day, usd, parts }) => [`${day}: ${dollars(usd)}`, words_of(parts)].filter(Boolean).join(", ");
+  const budget = measure() === MEASURES.Cost && budget_usd <= NEAR * highest ? budget_usd : 0;
+  const most = Math.max(highest, budget);
+  const words = ({ day, whole, parts }) => [`${day}: ${in_words(whole)}`, words_of(parts)].filter(Boolean).join(", ");
   return [
     h(
       "ol",
-      { class: "chart", "aria-label": "Cost by day and agent" },
+      { class: "chart", "aria-label": `${toggled("usage:measure", "Cost")} by day and agent` },
       days.map((day) =>
         h(
           "li",
           { key: day.day, title: words(day) },
-          h("span", { class: "usd" }, day.usd > 0 && dollars(day.usd)),
+          h("span", { class: "usd" }, day.whole > 0 && in_words(day.whole)),
           bar(day.parts, most, budget),
           h("span", { class: "dim" }, day.day.slice(8)),
         ),
@@ -150,12 +163,12 @@ const token_cells = (rows) =>
 const token_columns = TOKENS.map(([column]) => column);
 
 function day_table(days) {
-  const rows = days.toReversed().map(({ day, mine, parts, usd }) =>
+  const rows = days.toReversed().map(({ day, mine, parts }) =>
     h(
       "tr",
       { key: day },
       h("th", { scope: "row" }, day),
-      [dollars(usd), count(sum(mine, "turns")), duration(sum(mine, "duration_ms"))].map((cell) => h("td", null, cell)),
+      [dollars(sum(mine, "cost_usd")), count(sum(mine, "turns")), duration(sum(mine, "duration_ms"))].map((cell) => h("td", null, cell)),
       token_cells(mine),
       h("td", { class: "by-agent" }, words_of(parts)),
     ),
@@ -211,7 +224,7 @@ const today_words = ({ today_usd, budget_usd }) =>
 function charts(rows) {
   const days = days_of(rows);
   return [
-    panel({ class: "pad" }, day_bars(days, by_cost(rows)), day_table(days)),
+    panel({ class: "pad" }, measure_switch(), day_bars(days, by_cost(rows)), day_table(days)),
     heading("By agent"),
     panel(null, agent_table(rows)),
   ];
