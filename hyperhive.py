@@ -5770,6 +5770,225 @@ class Notifier:
 
 
 # ──────────────────────────────────────────────────────────────────────────────
+# Machine
+# ──────────────────────────────────────────────────────────────────────────────
+# What the hive runs on, what a user can get wrong there, and what the daemon said last.
+
+PACKAGES: Final = ("bottle", "waitress")  # all that is needed beside the standard library
+CLOCK_IS_NOT_KEPT: Final = 5  # TIME_ERROR of <sys/timex.h>
+
+
+def check_packages() -> None:
+    """Before anything is made."""
+    missing = [module for module in PACKAGES if not importlib_has(module)]
+    if missing:
+        words = " and no ".join(missing)
+        raise Refused("unsupported", f"this Python has no {words}", f"pip install {' '.join(missing)}")
+
+
+def importlib_has(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def version_of(package: str) -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a copy that nobody installed
+        return "unknown"
+
+
+class LastWords(logging.Handler):
+    """The end of the daemon's own log, for the page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: deque[Json] = deque(maxlen=500)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = {"at": rfc3339(int(record.created * 1000)), "level": record.levelname.lower()}
+        self._lines.append(line | {"text": self.format(record)[:4000]})
+
+    def rows(self) -> list[Json]:
+        return list(self._lines)
+
+
+def describe_machine(config: Config) -> Json:
+    disk, database = shutil.disk_usage(config.state_dir), config.state_dir.glob(f"{config.database.name}*")
+    return {
+        "versions": {
+            "hyperhive": VERSION,
+            "python": sys.version.split()[0],
+            "sqlite": sqlite3.sqlite_version,
+            **{package: version_of(package) for package in PACKAGES},
+            "linux": os.uname().release,
+        },
+        "disk": {
+            "folder": str(config.state_dir),
+            "free_bytes": disk.free,
+            "total_bytes": disk.total,
+            "database_bytes": sum(path.stat().st_size for path in database),
+        },
+    }
+
+
+class Verdict(NamedTuple):
+    """What a check found, and the remedy where that is not well."""
+
+    ok: bool
+    found: str
+    fix: str
+
+
+def doctor(config: Config, ask_for_agents: Callable[[], Json]) -> Iterator[Json]:
+    """What a user can get wrong. That a check can't be made is a finding, too.
+
+    `ask_for_agents` answers as the verb `agents` of the host's socket does, or raises `Refused` if nobody is there.
+    """
+    for check, look in doctors_checks(config, ask_for_agents).items():
+        try:
+            verdict = look()
+        except (OSError, Refused) as error:
+            verdict = Verdict(False, f"can't be checked: {error}", getattr(error, "hint", "") or "try it as root")
+        shown = verdict._asdict()
+        if verdict.ok:
+            del shown["fix"]
+        yield {"check": check} | shown
+
+
+def doctors_checks(config: Config, ask_for_agents: Callable[[], Json]) -> dict[str, Callable[[], Verdict]]:
+    checks: dict[str, Callable[[], Verdict]] = {"Python": check_python}
+    checks |= {module: functools.partial(check_module, module) for module in PACKAGES}
+    checks["git"] = check_git
+    agents, containers = None, config.containers
+    try:
+        answer = ask_for_agents()
+        agents, containers = answer["agents"], answer["containers"]  # it knows better than a file that we may not have
+        checks["daemon"] = functools.partial(Verdict, True, f"answers; {len(agents)} agents", "")
+        checks["sign-in"] = lambda: check_sign_ins(agents)
+        checks["agents' ports"] = lambda: check_agent_ports(config, agents)
+    except Refused as error:
+        checks["daemon"] = functools.partial(Verdict, False, error.message, error.hint or "see its log")
+        checks["port"] = lambda: check_port(config)
+    if containers == "process":
+        rehearsal = any(row.get("rehearsal") for row in agents or [])
+        checks["Claude Code"] = lambda: check_claude(config, rehearsal=rehearsal)
+    else:
+        checks |= {"nixos-container": check_nixos_container, "flakes": check_flakes}
+        if agents is not None:
+            checks["leftover containers"] = lambda: check_leftovers(config, agents)
+    return checks | {
+        "disk": lambda: check_disk(config),
+        "clock": check_clock,
+        "token file": lambda: check_token_file(config),
+    }
+
+
+def check_python() -> Verdict:
+    return Verdict(sys.version_info >= (3, 11), sys.version.split()[0], "use Python 3.11 or newer")
+
+
+def check_module(module: str) -> Verdict:
+    found = importlib_has(module)
+    return Verdict(found, "present" if found else "missing", f"pip install {module}")
+
+
+def check_git() -> Verdict:
+    path = os.environ.get("HYPERHIVE_GIT") or shutil.which("git")
+    return Verdict(bool(path), path or "missing", "install git, or set HYPERHIVE_GIT to its absolute path")
+
+
+def check_sign_ins(agents: list[Json]) -> Verdict:
+    names = [row["name"] for row in agents if row["needs_login"]]
+    found = f"wanted by {', '.join(names)}" if names else "nobody waits for one"
+    return Verdict(not names, found, "sign in from the dashboard or the agent's page")
+
+
+def is_free(address: str, port: int) -> bool:
+    listener = listen_if_free(address, port)
+    if listener is not None:
+        listener.close()
+    return listener is not None
+
+
+def check_port(config: Config) -> Verdict:
+    """Of the dashboard, while no daemon answers."""
+    free = is_free(config.listen_address, config.port)
+    found = f"{config.port} is {'free' if free else f'taken{port_holder(config.port)}'}"
+    return Verdict(free, found, "end that process, or choose another port with --port")
+
+
+def check_agent_ports(config: Config, agents: list[Json]) -> Verdict:
+    """Nobody else may listen where the page of an agent that is stopped will."""
+    import urllib.parse
+
+    ports = {row["name"]: urllib.parse.urlsplit(row["url"]).port or 0 for row in agents if not row["running"]}
+    taken = [
+        f"{port} of {name} is taken{port_holder(port)}"
+        for name, port in ports.items()
+        if not is_free(config.listen_address, port)
+    ]
+    return Verdict(not taken, ", ".join(taken) or "none is taken by others", "end that process: a name has one port")
+
+
+def check_claude(config: Config, *, rehearsal: bool) -> Verdict:
+    if rehearsal:
+        return Verdict(True, "played by a rehearsal", "")
+    path = shutil.which(words_of(config.claude)[0])
+    return Verdict(bool(path), path or f"{config.claude} is missing", "install it, or set `claude`")
+
+
+def check_nixos_container() -> Verdict:
+    path = shutil.which("nixos-container")
+    remedy = "set boot.enableContainers on NixOS; elsewhere say --containers process"
+    return Verdict(bool(path), path or "missing", remedy)
+
+
+def check_flakes() -> Verdict:
+    if not shutil.which("nix"):
+        return Verdict(False, "there is no nix", "install Nix")
+    shown = run(["nix", "show-config"], env=dict(os.environ), timeout_s=20, accept=range(256))  # 1: not enabled
+    words = shown.text.partition("experimental-features =")[2].partition("\n")[0].split()
+    enabled = {"flakes", "nix-command"} <= set(words)
+    remedy = 'set nix.settings.experimental-features = [ "nix-command" "flakes" ]'
+    return Verdict(enabled, "enabled" if enabled else "not enabled", remedy)
+
+
+def check_leftovers(config: Config, agents: list[Json]) -> Verdict:
+    there = {path.stem.removeprefix("h-") for path in config.conf_dir.glob("h-*.conf")}
+    left = [f"h-{name}" for name in sorted(there - {row["name"] for row in agents})]
+    return Verdict(not left, ", ".join(left) or "none", "nixos-container destroy NAME, if nobody needs it")
+
+
+def check_disk(config: Config) -> Verdict:
+    folder = next(path for path in (config.state_dir, *config.state_dir.parents) if path.exists())
+    free = shutil.disk_usage(folder).free / 1e9
+    return Verdict(free > 1, f"{free:.1f} GB free at {folder}", "make room: nothing can be stored on a full disk")
+
+
+def check_clock() -> Verdict:
+    """Budgets, schedules and sign-ins go by it. The kernel knows whether somebody keeps it, see adjtimex(2)."""
+    import ctypes
+
+    kept = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(256)) != CLOCK_IS_NOT_KEPT
+    found = f"{rfc3339(now_ms())}{'' if kept else ', but nothing keeps it right'}"
+    return Verdict(kept, found, "run a time service (timedatectl set-ntp true)")
+
+
+def check_token_file(config: Config) -> Verdict:
+    try:
+        mode = stat.S_IMODE(config.token_file.stat().st_mode)
+    except FileNotFoundError:
+        return Verdict(True, "none yet", "")
+    except PermissionError:
+        return Verdict(True, "kept from you by its folder", "")
+    return Verdict(not mode & 0o077, f"mode {mode:o}", f"chmod 600 {config.token_file}")
+
+
+# ──────────────────────────────────────────────────────────────────────────────
 # Sockets
 # ──────────────────────────────────────────────────────────────────────────────
 # Unix sockets, one JSON object a line. Who speaks is decided by the socket, never by a field. Answers
@@ -7204,7 +7423,7 @@ class Routes:
             get("/api/usage", self.usage, ("days",)),
             get("/api/audit", self.audit, ("before", "max")),
             get("/api/system", self.system),
-            get("/api/doctor", lambda: {"findings": list(doctor(self._s.config))}),
+            get("/api/doctor", self.doctor),
             post("/api/approvals/<number:int>/approve", self.approve),
             post("/api/approvals/<number:int>/undo", self.undo),
             post("/api/approvals/<number:int>/edit", self.edit),
@@ -7362,26 +7581,12 @@ class Routes:
         return {"audit": self._s.views.audit(before=self._before(), most=self._query("max", 100, 1000))}
 
     def system(self) -> Json:
-        """What runs here, on what, and the daemon's last words."""
-        config = self._s.config
-        disk, database = shutil.disk_usage(config.state_dir), config.state_dir.glob(f"{config.database.name}*")
-        return {
-            "versions": {
-                "hyperhive": VERSION,
-                "python": sys.version.split()[0],
-                "sqlite": sqlite3.sqlite_version,
-                **{package: version_of(package) for package in PACKAGES},
-                "linux": os.uname().release,
-            },
-            "disk": {
-                "folder": str(config.state_dir),
-                "free_bytes": disk.free,
-                "total_bytes": disk.total,
-                "database_bytes": sum(path.stat().st_size for path in database),
-            },
-            "sockets": self._s.doors.in_use(),
-            "log": self._s.last_words.rows(),
-        }
+        machine = describe_machine(self._s.config)
+        return machine | {"sockets": self._s.doors.in_use(), "log": self._s.last_words.rows()}
+
+    def doctor(self) -> Json:
+        agents = {"agents": self._s.views.agents(), "containers": self._s.config.containers}
+        return {"findings": list(doctor(self._s.config, lambda: agents))}
 
     def metrics(self) -> bytes:
         self._response.content_type = "text/plain; version=0.0.4; charset=utf-8"
@@ -7670,7 +7875,6 @@ class Dashboard:
 # ──────────────────────────────────────────────────────────────────────────────
 
 
-PACKAGES: Final = ("bottle", "waitress")  # all that is needed beside the standard library
 OPEN_FILES: Final = 65_536
 
 
@@ -7701,44 +7905,6 @@ class Systemd:
         if self.beat_s and time.monotonic() > self._beaten + self.beat_s:
             self._beaten = time.monotonic()
             self.tell(WATCHDOG=1)
-
-
-def check_packages() -> None:
-    """Before anything is made."""
-    missing = [module for module in PACKAGES if not importlib_has(module)]
-    if missing:
-        words = " and no ".join(missing)
-        raise Refused("unsupported", f"this Python has no {words}", f"pip install {' '.join(missing)}")
-
-
-def importlib_has(module: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(module) is not None
-
-
-def version_of(package: str) -> str:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a copy that nobody installed
-        return "unknown"
-
-
-class LastWords(logging.Handler):
-    """The end of the daemon's own log, for the page."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lines: deque[Json] = deque(maxlen=500)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = {"at": rfc3339(int(record.created * 1000)), "level": record.levelname.lower()}
-        self._lines.append(line | {"text": self.format(record)[:4000]})
-
-    def rows(self) -> list[Json]:
-        return list(self._lines)
 
 
 class Daemon:
@@ -7976,7 +8142,6 @@ DEMO_REQUEST: Final = (
     " Let her ask me what the first one shall be about."
 )
 DOCTOR_PATIENCE_S: Final = 10.0
-CLOCK_IS_NOT_KEPT: Final = 5  # TIME_ERROR of <sys/timex.h>
 
 
 def ask_daemon(config: Config, timeout_s: float | None = None, **request: Any) -> Json:
@@ -8414,7 +8579,8 @@ def cli_restore(cli: Cli) -> None:
 
 
 def cli_doctor(cli: Cli) -> None:
-    findings = list(doctor(cli.config))
+    ask = functools.partial(ask_daemon, cli.config, timeout_s=DOCTOR_PATIENCE_S, cmd="agents")
+    findings = list(doctor(cli.config, ask))
     if not cli.json({"findings": findings}):
         for finding in findings:
             print(f"{'ok  ' if finding['ok'] else 'FIX '} {finding['check']}: {visible(finding['found'])}")
@@ -8422,156 +8588,6 @@ def cli_doctor(cli: Cli) -> None:
                 print(f"     {visible(finding['fix'])}")
     if not all(finding["ok"] for finding in findings):
         raise Refused("conflict", "some of this wants your attention")
-
-
-class Verdict(NamedTuple):
-    """What a check found, and the remedy where that is not well."""
-
-    ok: bool
-    found: str
-    fix: str
-
-
-def doctor(config: Config) -> Iterator[Json]:
-    """What a user can get wrong. That a check can't be made is a finding, too."""
-    for check, look in doctors_checks(config).items():
-        try:
-            verdict = look()
-        except (OSError, Refused) as error:
-            verdict = Verdict(False, f"can't be checked: {error}", getattr(error, "hint", "") or "try it as root")
-        shown = verdict._asdict()
-        if verdict.ok:
-            del shown["fix"]
-        yield {"check": check} | shown
-
-
-def doctors_checks(config: Config) -> dict[str, Callable[[], Verdict]]:
-    checks: dict[str, Callable[[], Verdict]] = {"Python": check_python}
-    checks |= {module: functools.partial(check_module, module) for module in PACKAGES}
-    checks["git"] = check_git
-    agents, containers = None, config.containers
-    try:
-        answer = ask_daemon(config, timeout_s=DOCTOR_PATIENCE_S, cmd="agents")
-        agents, containers = answer["agents"], answer["containers"]  # it knows better than a file that we may not have
-        checks["daemon"] = functools.partial(Verdict, True, f"answers; {len(agents)} agents", "")
-        checks["sign-in"] = lambda: check_sign_ins(agents)
-        checks["agents' ports"] = lambda: check_agent_ports(config, agents)
-    except Refused as error:
-        checks["daemon"] = functools.partial(Verdict, False, error.message, error.hint or "see its log")
-        checks["port"] = lambda: check_port(config)
-    if containers == "process":
-        rehearsal = any(row.get("rehearsal") for row in agents or [])
-        checks["Claude Code"] = lambda: check_claude(config, rehearsal=rehearsal)
-    else:
-        checks |= {"nixos-container": check_nixos_container, "flakes": check_flakes}
-        if agents is not None:
-            checks["leftover containers"] = lambda: check_leftovers(config, agents)
-    return checks | {
-        "disk": lambda: check_disk(config),
-        "clock": check_clock,
-        "token file": lambda: check_token_file(config),
-    }
-
-
-def check_python() -> Verdict:
-    return Verdict(sys.version_info >= (3, 11), sys.version.split()[0], "use Python 3.11 or newer")
-
-
-def check_module(module: str) -> Verdict:
-    found = importlib_has(module)
-    return Verdict(found, "present" if found else "missing", f"pip install {module}")
-
-
-def check_git() -> Verdict:
-    path = os.environ.get("HYPERHIVE_GIT") or shutil.which("git")
-    return Verdict(bool(path), path or "missing", "install git, or set HYPERHIVE_GIT to its absolute path")
-
-
-def check_sign_ins(agents: list[Json]) -> Verdict:
-    names = [row["name"] for row in agents if row["needs_login"]]
-    found = f"wanted by {', '.join(names)}" if names else "nobody waits for one"
-    return Verdict(not names, found, "sign in from the dashboard or the agent's page")
-
-
-def is_free(address: str, port: int) -> bool:
-    listener = listen_if_free(address, port)
-    if listener is not None:
-        listener.close()
-    return listener is not None
-
-
-def check_port(config: Config) -> Verdict:
-    """Of the dashboard, while no daemon answers."""
-    free = is_free(config.listen_address, config.port)
-    found = f"{config.port} is {'free' if free else f'taken{port_holder(config.port)}'}"
-    return Verdict(free, found, "end that process, or choose another port with --port")
-
-
-def check_agent_ports(config: Config, agents: list[Json]) -> Verdict:
-    """Nobody else may listen where the page of an agent that is stopped will."""
-    import urllib.parse
-
-    ports = {row["name"]: urllib.parse.urlsplit(row["url"]).port or 0 for row in agents if not row["running"]}
-    taken = [
-        f"{port} of {name} is taken{port_holder(port)}"
-        for name, port in ports.items()
-        if not is_free(config.listen_address, port)
-    ]
-    return Verdict(not taken, ", ".join(taken) or "none is taken by others", "end that process: a name has one port")
-
-
-def check_claude(config: Config, *, rehearsal: bool) -> Verdict:
-    if rehearsal:
-        return Verdict(True, "played by a rehearsal", "")
-    path = shutil.which(words_of(config.claude)[0])
-    return Verdict(bool(path), path or f"{config.claude} is missing", "install it, or set `claude`")
-
-
-def check_nixos_container() -> Verdict:
-    path = shutil.which("nixos-container")
-    remedy = "set boot.enableContainers on NixOS; elsewhere say --containers process"
-    return Verdict(bool(path), path or "missing", remedy)
-
-
-def check_flakes() -> Verdict:
-    if not shutil.which("nix"):
-        return Verdict(False, "there is no nix", "install Nix")
-    shown = run(["nix", "show-config"], env=dict(os.environ), timeout_s=20, accept=range(256))  # 1: not enabled
-    words = shown.text.partition("experimental-features =")[2].partition("\n")[0].split()
-    enabled = {"flakes", "nix-command"} <= set(words)
-    remedy = 'set nix.settings.experimental-features = [ "nix-command" "flakes" ]'
-    return Verdict(enabled, "enabled" if enabled else "not enabled", remedy)
-
-
-def check_leftovers(config: Config, agents: list[Json]) -> Verdict:
-    there = {path.stem.removeprefix("h-") for path in config.conf_dir.glob("h-*.conf")}
-    left = [f"h-{name}" for name in sorted(there - {row["name"] for row in agents})]
-    return Verdict(not left, ", ".join(left) or "none", "nixos-container destroy NAME, if nobody needs it")
-
-
-def check_disk(config: Config) -> Verdict:
-    folder = next(path for path in (config.state_dir, *config.state_dir.parents) if path.exists())
-    free = shutil.disk_usage(folder).free / 1e9
-    return Verdict(free > 1, f"{free:.1f} GB free at {folder}", "make room: nothing can be stored on a full disk")
-
-
-def check_clock() -> Verdict:
-    """Budgets, schedules and sign-ins go by it. The kernel knows whether somebody keeps it, see adjtimex(2)."""
-    import ctypes
-
-    kept = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(256)) != CLOCK_IS_NOT_KEPT
-    found = f"{rfc3339(now_ms())}{'' if kept else ', but nothing keeps it right'}"
-    return Verdict(kept, found, "run a time service (timedatectl set-ntp true)")
-
-
-def check_token_file(config: Config) -> Verdict:
-    try:
-        mode = stat.S_IMODE(config.token_file.stat().st_mode)
-    except FileNotFoundError:
-        return Verdict(True, "none yet", "")
-    except PermissionError:
-        return Verdict(True, "kept from you by its folder", "")
-    return Verdict(not mode & 0o077, f"mode {mode:o}", f"chmod 600 {config.token_file}")
 
 
 def some_path(text: str) -> str:

@@ -229,7 +229,7 @@ def a_life(hive: Recorded) -> None:
         hive.good(f"/api/agents/eve/{action}")
         look_at_everything(hive)
     wait_for(is_idle, "eve to be idle")
-    for action in ("interrupt", "compact", "new_session", "login_begin"):
+    for action in ("interrupt", "compact", "new_session", "send_notes", "login_begin"):
         hive.good(f"/api/agents/eve/{action}")
     hive.good("/api/agents/eve/login_finish", code="right#code")
     hive.good("/api/agents/eve/login_cancel")
@@ -258,7 +258,8 @@ def look_at_everything(hive: Recorded) -> None:
         assert hive.api("GET", path).status == 200, path
     lists = ("agents", "approvals", "messages", "questions", "deploys", "schedules", "files", "usage", "audit")
     rows = {name: hive.api("GET", f"/api/{name}").body[name] for name in lists}
-    assert hive.api("GET", "/api/state").status == 200
+    for path in ("/api/state", "/api/system", "/api/doctor"):
+        assert hive.api("GET", path).status == 200, path
     paths = [f"/api/agents/{agent['name']}" for agent in rows["agents"]]
     paths += [f"{path}/events" for path in paths]
     paths += [f"/api/approvals/{row['id']}" for row in rows["approvals"]]

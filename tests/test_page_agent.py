@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sqlite3
 import subprocess
@@ -88,6 +89,21 @@ def test_its_conversation_is_compacted_and_begun_anew_on_a_phone(team: Hive, ope
     tab.page.get_by_role("button", name="Begin a new session").click()
     expect(main).to_contain_text("A new session was asked for.")
     assert tab.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+def test_its_notes_are_shown_when_they_are_asked_for(team: Hive, tab: Tab) -> None:
+    notes = team.state / "agents/alice/state/notes.md"
+    kept = notes.read_text() if notes.exists() else None
+    notes.unlink(missing_ok=True)
+    os.mkfifo(notes)  # nobody would ever write into it
+    side = tab.page.get_by_role("complementary")
+    side.get_by_role("button", name="Show the notes of alice").click()
+    expect(side).to_contain_text("It has written none yet.")
+    notes.unlink()
+    notes.write_text("The backups are checked on <b>Mondays</b>.")
+    side.get_by_role("button", name="Show the notes of alice").click()
+    expect(side).to_contain_text("The backups are checked on <b>Mondays</b>.")
+    notes.write_text(kept or "")
 
 
 def test_who_has_it_at_the_keyboard_is_told(team: Hive, tab: Tab) -> None:

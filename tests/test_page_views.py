@@ -148,8 +148,32 @@ def test_usage_is_drawn_by_day_and_agent(tab: Tab) -> None:
     first = tab.page.get_by_role("group", name="Usage by agent").get_by_role("row").nth(1)
     expect(first).to_contain_text("bob$0.90$3.60")
     expect(first.get_by_role("img", name="50 %")).to_be_visible()
+    tab.page.get_by_role("button", name="Tokens", exact=True).click()
+    bars = tab.page.get_by_role("list", name="Tokens by day and agent").locator("li")
+    expect(bars.last).to_have_attribute("title", re.compile(r": 3 k, bob "))
+    expect(bars.last.locator("rect")).to_have_count(3)
+    expect(tab.page.locator(".legend")).not_to_contain_text("budget")
     tab.go("system")
     expect(tab.page.locator(".facts")).to_contain_text("of $2.00 that all may spend")
+
+
+def test_the_machine_its_faults_and_the_daemons_last_words(team: Hive, tab: Tab) -> None:
+    tab.go("system")
+    facts = tab.page.locator(".facts")
+    expect(facts).to_contain_text(re.compile(r"Python 3\.\d+.*SQLite 3\..*bottle 0\..*waitress 3\."))
+    expect(facts).to_contain_text(re.compile(rf"free of .* at {re.escape(str(team.state))}"))
+    facts.get_by_role("button", name="connection").click()
+    expect(facts).to_contain_text(str(team.run / "host.sock"))
+    (team.state / "operator.token").chmod(0o644)
+    tab.page.get_by_role("button", name="Look for faults").click()
+    main = tab.page.get_by_role("main")
+    expect(main.locator(".row").filter(has_text="token file")).to_contain_text("to mend")
+    expect(main.locator(".row").filter(has_text="token file")).to_contain_text("chmod 600")
+    (team.state / "operator.token").chmod(0o600)
+    main.get_by_role("button", name="Look again").first.click()
+    expect(main.locator(".row").filter(has_text="token file")).to_contain_text("ok")
+    main.get_by_role("button", name="The last").click()
+    expect(main.locator("pre.log")).to_contain_text("ready: http://")
 
 
 def test_rows_of_agents_stay_two_lines_and_keep_the_focus(team: Hive, open_tab: Callable[..., Tab]) -> None:
