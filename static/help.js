@@ -39,6 +39,7 @@ export function help_dialog() {
       class: "help",
       "aria-label": "Keys",
       made: (dom) => setTimeout(() => dom.isConnected && dom.showModal()),
+      oncancel: () => toggle("help", false), // at once: `close` comes later, perhaps after the next key
       onclose: () => toggle("help", false),
     },
     h("h2", null, "Keys"),
