@@ -3,7 +3,7 @@
 import { h } from "./dom.js";
 import { ago, clock, duration, short_sha } from "./text.js";
 import { asking_button, button, empty, heading, panel, plain, refusal, toggle, toggled } from "./parts.js";
-import { add_older, changed, is_new, is_running_phase, on, state } from "./store.js";
+import { add_older, agent_named, changed, is_new, is_running_phase, on, state } from "./store.js";
 import { get, post } from "./api.js";
 import { compare_panel } from "./compare.js";
 
@@ -151,7 +151,7 @@ function history_row(deploy) {
         { class: `phase ${deploy.phase === "failed" ? "bad" : "ok"}` },
         deploy.phase === "failed" ? "✗ failed" : "✓ deployed",
       ),
-      h("a", { href: `#/agents/${deploy.agent}` }, deploy.agent),
+      agent_named(deploy.agent) ? h("a", { href: `#/agents/${deploy.agent}` }, deploy.agent) : deploy.agent,
       h(
         "span",
         { class: "dim grow" },

@@ -88,6 +88,13 @@ def test_a_schedule_that_was_written_goes_from_the_list(crew: Hive, tab: Tab) ->
     expect(row).to_have_count(0, timeout=30_000)
 
 
+def test_the_last_news_of_the_usage_is_not_dropped(tab: Tab) -> None:
+    tab.go("usage")
+    expect(tab.page.get_by_text("No turn has been counted yet.")).to_be_visible()
+    with tab.page.expect_request(re.compile("/api/usage"), timeout=30_000):
+        tab.page.evaluate(TAKE, {"kind": "usage", "today_usd": 1})
+
+
 def test_lines_of_a_log_are_told_apart_by_their_numbers(crew: Hive, tab: Tab) -> None:
     tab.go("deploys")
     row = tab.page.get_by_role("main").locator(".row").filter(has_text="alice").first
@@ -212,6 +219,9 @@ def test_a_destroyed_agent_leads_nowhere_and_is_wiped_whatever_was_ticked(
     expect(wipe).to_be_checked()
     expect(wipe).to_be_disabled()
     expect(row.get_by_role("button", name="Destroy and wipe")).to_be_visible()
+    tab.go("deploys")
+    expect(tab.page.get_by_role("main").locator(".row")).to_contain_text("carol")
+    expect(tab.page.get_by_role("main").get_by_role("link", name="carol")).to_have_count(0)
 
 
 def test_what_needs_a_running_agent_waits_for_one(tab: Tab) -> None:
