@@ -93,7 +93,7 @@ function system_facts({ versions, disk, sockets }) {
       fold("system:sockets", `${sockets.length}, with ${plural(connections, "connection")}`, () =>
         h(
           "ul",
-          { class: "plain" },
+          null,
           sockets.map(({ path, connections: number }) =>
             h("li", { key: path }, h("code", { class: "wrap" }, path), h("span", { class: "dim" }, ` ${number}`)),
           ),
@@ -136,9 +136,9 @@ function log_panel() {
       null,
       refusal("log"),
       lines?.length
-        ? fold("system:log", `The last ${plural(lines.length, "line")}`, () => h("pre", { class: "log", tabindex: "0" }, text()), {
-            class: "pad",
-          })
+        ? fold("system:log", `The last ${plural(lines.length, "line")}`, () =>
+            h("pre", { class: "log", tabindex: "0", "aria-label": "Log of the daemon" }, text()),
+          )
         : empty(lines ? "No line yet." : "Loading…"),
     ),
   ];

@@ -101,7 +101,7 @@ export function thousands(number) {
 export function bytes(size) {
   if (size < 1024) return plural(size, "byte");
   if (size < 1024 ** 2) return `${Math.round(size / 1024)} KiB`;
-  return `${(size / 1024 ** 2).toFixed(1)} MiB`;
+  return size < 1024 ** 3 ? `${(size / 1024 ** 2).toFixed(1)} MiB` : `${(size / 1024 ** 3).toFixed(1)} GiB`;
 }
 
 // ── Times ────────────────────────────────────────────────────────────────────────────────────────

@@ -19,6 +19,7 @@ from browserbox import Tab, card
 from hive import ROOT, Hive
 from playwright.sync_api import expect
 from test_page_requests import FIRST, SECOND, check, propose
+from test_page_views import spend
 
 browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
 
@@ -99,6 +100,7 @@ def fill(hive: Hive, folder: Path) -> None:
     with closing(sqlite3.connect(hive.state / "hive.sqlite")) as database, database:
         deploy = database.execute("SELECT max(id) FROM deploys").fetchone()[0]
         database.execute("UPDATE deploys SET error = ? WHERE id = ?", (HOSTILE + SOLID[:3000], deploy))
+        spend(database)
         lines = [(deploy, number, line) for number, line in enumerate((HOSTILE, SOLID[:3000]), 1_000_000)]
         database.executemany("INSERT INTO deploy_log (deploy, n, line) VALUES (?, ?, ?)", lines)
 
@@ -134,8 +136,15 @@ def open_up(tab: Tab, name: str) -> None:
         main.get_by_role("button", name="Log", exact=True).first.click()
     if name == "system":
         main.get_by_role("button", name="New schedule").click()
+        main.get_by_role("button", name="Look for faults").click()
+        expect(main.locator(".row").filter(has_text="token file")).to_be_visible()
+        main.get_by_role("button", name="The last").click()
+        main.get_by_role("button", name="connection").click()
         expect(page.get_by_label("Text of the schedule")).to_be_visible()
         expect(main.locator(".audit")).to_be_visible()
+    if name == "usage":
+        main.get_by_role("button", name="Tokens").click()
+        main.get_by_role("button", name="The same as a table").click()
     if name == "search":
         page.get_by_role("searchbox").fill("a")
     page.wait_for_timeout(300)
