@@ -3624,7 +3624,11 @@ class NixosContainers:
         "no_proxy",
         "HYPERHIVE_TEST_MARK",
     )
-    NIX_SETTINGS: Final = "extra-experimental-features = nix-command flakes\nallow-import-from-derivation = false\n"
+    NIX_SETTINGS: Final = (
+        "extra-experimental-features = nix-command flakes\n"
+        "allow-import-from-derivation = false\n"
+        "min-free = 0\n"  # a collection of garbage that began here would not see what containers need
+    )
 
     def __init__(self, config: Config) -> None:
         self._config = config
