@@ -2986,6 +2986,10 @@ class Approvals:
             row = self._row(tx, approval)
             self._must_be_pending(row)
             Decision(digest=digest).check(row)
+            same = "SELECT id FROM approvals WHERE fingerprint = ? AND status = 'pending'"
+            twin = tx.value(same, request.fingerprint)
+            if twin not in (None, approval):
+                raise Refused("conflict", f"request {twin} asks for the very same", "deny one of the two")
             proposed, first_base = row["proposed_sha"], row["first_base_sha"]
             if request.sha != row["fetched_sha"]:
                 proposed = proposed or row["fetched_sha"]
