@@ -155,6 +155,9 @@ def test_without_nixos_container_the_daemon_says_what_is_missing(folder: Path) -
 
 def test_unknown_kinds_of_containers_and_users_are_refused(folder: Path, programs: Path) -> None:
     refused = serve("--dir", folder / "hive", "--containers", "docker", path=os.environ["PATH"])
+    assert refused.returncode == 2 and "invalid choice: 'docker'" in refused.stderr
+    (folder / "hive.toml").write_text('containers = "docker"\n')
+    refused = serve("--dir", folder / "hive", "--config", folder / "hive.toml", path=os.environ["PATH"])
     assert refused.returncode == 2 and '"nixos" and "process"' in refused.stderr
     with pytest.raises(Refused, match="private_users"):
         containers(folder, private_users="some")

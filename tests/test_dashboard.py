@@ -475,6 +475,8 @@ def test_each_get_answers_with_its_keys(crew: Hive) -> None:
         "/api/usage?days=3": {"today", "usage"},
         "/api/audit?max=5": {"audit"},
         "/api/files": {"files", "max_bytes"},
+        "/api/system": {"versions", "disk", "sockets", "log"},
+        "/api/doctor": {"findings"},
     }  # fmt: skip
     for path, expected in keys.items():
         answer = crew.api("GET", path)
