@@ -1069,7 +1069,7 @@ class ClaudeProcess:
         self.silent = True  # whether it has not said a word yet: it answers `initialize` before it reads any mail
         self.began = False  # whether it has said `init`
         self.lost = False  # whether it ended a turn before that: it does not know the session to be resumed
-        self.cost_usd = 0.0  # what it has counted so far, and
+        self._cost_usd = 0.0  # what it has counted so far, and
         self._spent: dict[str, float] = {}  # the same by model
         self.tasks: set[str] = set()  # that run in the background
         self.headings: set[str] = set()  # of the mail it has echoed; its transcript may lag behind
@@ -1115,12 +1115,15 @@ class ClaudeProcess:
     def kill(self) -> None:
         self._child.kill()
 
-    def charge(self, ended: Ended, active: str | None) -> str | None:
-        """Takes over what Claude has counted. Returns the model that cost most since, the active one if none did."""
+    def charge(self, ended: Ended, active: str | None) -> tuple[float, str | None]:
+        """What was spent since the last result, and the model that cost most of it; the active one if none did.
+
+        Claude's own totals accumulate over the process.
+        """
+        cost, self._cost_usd = max(0.0, ended.total_cost_usd - self._cost_usd), ended.total_cost_usd
         before, self._spent = self._spent, {name: use.total_cost_usd for name, use in ended.models.items()}
-        self.cost_usd = ended.total_cost_usd
         grown = {name: (spent - before.get(name, 0), name == active) for name, spent in self._spent.items()}
-        return max(grown, key=lambda name: grown[name], default=None)
+        return cost, max(grown, key=lambda name: grown[name], default=None)
 
     def _send(self, line: Json) -> None:
         self._lines.put(encode(line) + b"\n")
@@ -1338,6 +1341,11 @@ class Session:
             with contextlib.suppress(OSError):
                 path.replace(path.with_suffix(".broken"))
             return cls(path)
+
+    def become(self, session: str | None, *, begun: bool = False) -> None:
+        if (session, begun) != (self.session, self.begun):
+            self.session, self.begun = session, begun
+            self.save()
 
     def save(self) -> None:
         self.finished = self.finished[-FINISHED_KEPT:]
@@ -2203,8 +2211,7 @@ class Agent:
         if self._attached and self._turn is None and self.session.session:
             sweep_orphans(self.session.session)
             if not transcripts(self.config.claude_folder, self.session.session):  # nothing was said
-                self.session.session = None
-                self.session.save()
+                self.session.become(None)
         if self._attached:  # perhaps to sign in
             self._sign_in = sign_in_fields(self.config)
             self._park = None if self._park and self._park.failure is Failure.SIGN_IN else self._park
@@ -2271,9 +2278,9 @@ class Agent:
 
     def _new_session(self) -> str:
         """Known before its Claude is: a harness that comes after one that was killed must find that Claude."""
-        self.session.session, self.session.begun = str(uuid.uuid4()), False
-        self.session.save()
-        return self.session.session
+        session = str(uuid.uuid4())
+        self.session.become(session)
+        return session
 
     def _start_process(self) -> ClaudeProcess:
         if self.hello is None:  # not possible for mail, which comes after it; a page could ask for more
@@ -2360,9 +2367,7 @@ class Agent:
 
     def _on_began(self, process: ClaudeProcess, session: str, model: str | None) -> None:
         process.began = True
-        if (session, True) != (self.session.session, self.session.begun):
-            self.session.session, self.session.begun = session, True
-            self.session.save()
+        self.session.become(session, begun=True)
         if model != self._active_model:
             self._active_model = model
             self._refresh()
@@ -2385,9 +2390,8 @@ class Agent:
             self._fail(turn, classify(turn.error, ended), turn.explanation, cost=cost, ended=ended)
 
     def _account(self, process: ClaudeProcess, turn: Turn, ended: Ended) -> float:
-        """Reports what the turn used. Claude's total accumulates over the process; ours is the difference."""
-        cost = max(0.0, ended.total_cost_usd - process.cost_usd)
-        model = process.charge(ended, self._active_model)
+        """Reports what the turn used."""
+        cost, model = process.charge(ended, self._active_model)
         if model and (window := ended.models[model].context_window):
             self._context["context_window"] = window
         usage = given(turn=turn.uuid, model=model, cost_usd=cost, duration_ms=turn.duration_ms)
@@ -2514,9 +2518,8 @@ class Agent:
         if self.session.begun:
             self._preface = f"[hyperhive: {why} Your notes are in {self.config.state}/notes.md.]\n\n"
             self._note(why)
-        self.session.session, self.session.begun = None, False
+        self.session.become(None)
         self._context.clear()
-        self.session.save()
         self._refresh()
 
     def _shut_down(self) -> None:

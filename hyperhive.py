@@ -2322,6 +2322,10 @@ ONLY_COMMENT: Final = re.compile(r"\s*(#[^\r]*)?")
 HUNK: Final = re.compile(r"@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@")
 
 
+def git_program() -> str | None:
+    return os.environ.get("HYPERHIVE_GIT") or shutil.which("git")
+
+
 def git(
     *arguments: str,
     cwd: Path,
@@ -2332,7 +2336,7 @@ def git(
     timeout_s: float = 60.0,
 ) -> bytes:
     """Git in the bare repository `cwd`, without anybody's configuration, hooks, helpers or prompts."""
-    program = os.environ.get("HYPERHIVE_GIT") or shutil.which("git")
+    program = git_program()
     if not program:
         raise Refused("unsupported", "git is not installed", "install it, or set HYPERHIVE_GIT to its absolute path")
     settings = {
@@ -2801,11 +2805,11 @@ def digest_of(row: sqlite3.Row) -> str:
 
 
 BASED: Final = (Kind.APPLY, Kind.INPUTS)  # changes to what an agent runs
-SAME_SQL: Final = """
-    SELECT id FROM approvals WHERE fingerprint = ?1 AND status = 'pending'
+TWIN_SQL: Final = "SELECT id FROM approvals WHERE fingerprint = ?1 AND status = 'pending'"
+SAME_SQL: Final = f"""{TWIN_SQL}
     UNION ALL SELECT a.id FROM deploys d JOIN approvals a ON a.id = d.approval
     WHERE d.phase = 'queued' AND d.not_before > ?2 AND a.fingerprint = ?1
-"""
+"""  # noqa: S608 - of constants alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2986,8 +2990,7 @@ class Approvals:
             row = self._row(tx, approval)
             self._must_be_pending(row)
             Decision(digest=digest).check(row)
-            same = "SELECT id FROM approvals WHERE fingerprint = ? AND status = 'pending'"
-            twin = tx.value(same, request.fingerprint)
+            twin = tx.value(TWIN_SQL, request.fingerprint)
             if twin not in (None, approval):
                 raise Refused("conflict", f"request {twin} asks for the very same", "deny one of the two")
             proposed, first_base = row["proposed_sha"], row["first_base_sha"]
@@ -5905,7 +5908,7 @@ def check_module(module: str) -> Verdict:
 
 
 def check_git() -> Verdict:
-    path = os.environ.get("HYPERHIVE_GIT") or shutil.which("git")
+    path = git_program()
     return Verdict(bool(path), path or "missing", "install git, or set HYPERHIVE_GIT to its absolute path")
 
 

@@ -293,7 +293,6 @@ export function agent_main(agent, transcript, where, crumbs) {
   ];
 }
 
-/** `more` has levers before and after those that both pages have, and forms below. */
 /** The notes that it keeps for later sessions: only it can read them, so it is asked. */
 function notes_panel({ name, running }, base, notes) {
   const group = `notes:${name}`;
@@ -309,6 +308,7 @@ function notes_panel({ name, running }, base, notes) {
   ];
 }
 
+/** `more` has levers before and after those that both pages have, and forms below. */
 export function agent_side(agent, base, threads, notes, more = {}) {
   return [
     heading("State"),

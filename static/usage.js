@@ -47,15 +47,16 @@ const MEASURES = {
   Cost: { of: (rows) => sum(rows, "cost_usd"), words: dollars, least: 0.01 },
   Tokens: { of: tokens, words: thousands, least: 1 },
 };
-const measure = () => MEASURES[toggled("usage:measure", "Cost")];
+const measured = () => toggled("usage:measure", "Cost");
+const measure = () => MEASURES[measured()];
 
 const measure_switch = () =>
   h(
     "div",
     { class: "buttons", role: "group", "aria-label": "What the bars show" },
     Object.keys(MEASURES).map((name) => {
-      const pressed = toggled("usage:measure", "Cost") === name;
-      return plain(name, () => toggle("usage:measure", name), { kind: "small", "aria-pressed": String(pressed) });
+      const pressed = String(measured() === name);
+      return plain(name, () => toggle("usage:measure", name), { kind: "small", "aria-pressed": pressed });
     }),
   );
 
@@ -112,7 +113,7 @@ function day_bars(days, agents) {
   return [
     h(
       "ol",
-      { class: "chart", "aria-label": `${toggled("usage:measure", "Cost")} by day and agent` },
+      { class: "chart", "aria-label": `${measured()} by day and agent` },
       days.map((day) =>
         h(
           "li",
