@@ -80,7 +80,9 @@ class Trial:
         return []
 
     def claude(self) -> list[psutil.Process]:
-        return [one for harness in self.harness() for one in harness.children()]
+        with suppress(psutil.NoSuchProcess):  # a harness that was struck may end while we look
+            return [one for harness in self.harness() for one in harness.children()]
+        return []
 
 
 def survive(trial: Trial, order: Callable[[int], str], turns: int) -> str:
