@@ -3,7 +3,7 @@
 import { h, render } from "./dom.js";
 import { dollars, set_clock } from "./text.js";
 import { logo, toggled } from "./parts.js";
-import { begin, get, Stream, take_token_from_address } from "./api.js";
+import { begin, get, in_turn, Stream, take_token_from_address } from "./api.js";
 import { changed, connected, draw_with, state } from "./store.js";
 import { banner, connecting, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
 import { agent_main, agent_side } from "./agent.js";
@@ -42,16 +42,11 @@ function take_events(events) {
   if (events.some((event) => event.kind === "tool_result" || event.kind === "turn_end")) load_threads();
 }
 
-let loading = false;
-
 /** At most one a second: tools may come fast. */
-async function load_threads() {
-  if (loading) return;
-  loading = true;
+const load_threads = in_turn(async () => {
   await new Promise((resolve) => {
     setTimeout(resolve, 1000);
   });
-  loading = false;
   try {
     const { asked, to_answer, reminders } = await get("/api/threads");
     threads = { questions: [...asked, ...to_answer], reminders };
@@ -59,7 +54,7 @@ async function load_threads() {
     return; // the banner tells of a lost connection; what was known stays
   }
   changed();
-}
+});
 
 // ── Drawing ──────────────────────────────────────────────────────────────────────────────────────
 

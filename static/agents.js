@@ -23,7 +23,7 @@ import {
   toggled,
 } from "./parts.js";
 import { changed, on, state } from "./store.js";
-import { get, post } from "./api.js";
+import { get, in_turn, post } from "./api.js";
 
 // ── What it waits for, in words ──────────────────────────────────────────────────────────────────
 
@@ -255,14 +255,14 @@ function confirm_typed(key, event, agent) {
 
 let kept = [];
 
-export async function load_kept() {
+export const load_kept = in_turn(async () => {
   try {
     kept = (await get("/api/agents")).agents.filter((agent) => agent.kept);
   } catch {
     return; // the banner tells of a lost connection; what was known stays
   }
   changed();
-}
+});
 
 on("roster", () => location.hash === "#/agents" && load_kept());
 

@@ -39,6 +39,28 @@ export function keep_token(text) {
 export const get = (path) => call("GET", path);
 export const post = (path, body = {}) => call("POST", path, body);
 
+/** `ask`, never twice at once: called meanwhile, it asks once more, for the answer on its way may be too old by now. */
+export function in_turn(ask) {
+  let under_way = null;
+  let again = false;
+  async function run() {
+    try {
+      while (again) {
+        again = false;
+        await ask();
+      }
+    } finally {
+      under_way = null;
+    }
+  }
+  const call_it = () => {
+    again = true;
+    under_way ??= run();
+    return under_way;
+  };
+  return Object.assign(call_it, { is_under_way: () => under_way !== null });
+}
+
 /** What was begun under a key: [to, body] → the message with its id. */
 const unsent = new Map();
 

@@ -4,7 +4,7 @@ import { h } from "./dom.js";
 import { ago, clock, plural, prose } from "./text.js";
 import { button, empty, heading, panel, refusal } from "./parts.js";
 import { agent_named, changed, is_new, is_running_phase, on, state } from "./store.js";
-import { get, post } from "./api.js";
+import { get, in_turn, post } from "./api.js";
 import { approval_card, approve_all, kind_words, press, request_words } from "./approval.js";
 import { signin } from "./agent.js";
 import { is_parked, lever } from "./agents.js";
@@ -241,16 +241,17 @@ export function call_view() {
 
 export const past = { rows: null, error: null };
 
-export async function load_past() {
+export const load_past = in_turn(async () => {
   try {
     Object.assign(past, { rows: (await get("/api/approvals")).approvals, error: null });
   } catch (error) {
     past.error = error;
   }
   changed();
-}
+});
 
 on("approval", (row) => {
+  if (load_past.is_under_way()) load_past();
   if (past.rows) past.rows = [row, ...past.rows.filter(({ id }) => id !== row.id)].sort((a, b) => b.id - a.id);
 });
 

@@ -34,6 +34,7 @@ on("returned", () => [...details.keys()].forEach(look_again));
 // A few at a time: a hundred at once would hold up what a person presses meanwhile.
 const AT_ONCE = 3;
 const wanted = [];
+const told = new Set(); // requests with news since they were asked for: that answer may be older than the news
 let loading = 0;
 
 function load(id, digest) {
@@ -45,11 +46,13 @@ async function load_next() {
   loading += 1;
   while (wanted.length) {
     const [id, digest] = wanted.shift();
+    told.delete(id);
     try {
       show_detail((await get(`/api/approvals/${id}`)).approval, digest);
     } catch (error) {
       details.set(id, { ...details.get(id), asked: digest, error });
     }
+    if (told.delete(id)) wanted.push([id, digest]);
     if (wanted.length % 8 === 0) changed(); // many answers, one drawing
   }
   loading -= 1;
@@ -63,6 +66,7 @@ export function show_detail(row, asked = row.digest) {
 const MORE = ["diff", "cut_bytes", "files", "touches", "thread", "earlier"];
 
 on("approval", (row) => {
+  if (loading) told.add(row.id);
   const known = details.get(row.id);
   if (row.status !== "pending" && location.hash !== `#/approvals/${row.id}`) details.delete(row.id);
   if (known?.row?.digest !== row.digest) return;

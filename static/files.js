@@ -4,11 +4,11 @@ import { h } from "./dom.js";
 import { bytes, clock, plural } from "./text.js";
 import { asking_button, empty, heading, panel, refusal } from "./parts.js";
 import { changed } from "./store.js";
-import { get, post } from "./api.js";
+import { get, in_turn, post } from "./api.js";
 
 const known = { rows: null, error: null };
 
-export async function load_files() {
+export const load_files = in_turn(async () => {
   try {
     const { files } = await get("/api/files");
     Object.assign(known, { rows: files, error: null });
@@ -16,7 +16,7 @@ export async function load_files() {
     known.error = error;
   }
   changed();
-}
+});
 
 function file_row({ name, path, size, at }) {
   const group = `file:${name}`;

@@ -18,11 +18,11 @@ import {
   toggle,
 } from "./parts.js";
 import { changed, state } from "./store.js";
-import { get, post } from "./api.js";
+import { get, in_turn, post } from "./api.js";
 
 const known = { rows: null, error: null };
 
-export async function load_schedules() {
+export const load_schedules = in_turn(async () => {
   try {
     const { schedules } = await get("/api/schedules");
     Object.assign(known, { rows: schedules.filter(({ next }) => next), error: null }); // the others are over
@@ -31,7 +31,7 @@ export async function load_schedules() {
     known.error = error;
   }
   changed();
-}
+});
 
 let timer = 0;
 const LONGEST_WAIT_MS = 86400000;

@@ -391,9 +391,7 @@ def test_a_destroyed_agent_comes_back_with_its_config(team: Hive) -> None:
     assert b"cowsay" in content(team, "main", name="carol") and ref(team, "main~1", "carol") == first
 
 
-def test_a_harness_that_does_not_start_leaves_nothing_of_its_agent(
-    team: Hive, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_harness_that_does_not_start_leaves_nothing_of_its_agent(team: Hive, monkeypatch: pytest.MonkeyPatch) -> None:
     approval = ask_spawn(team)
     team.stop()
     monkeypatch.setenv("HYPERHIVE_BACKOFF_S", "soon")  # no number: the harness ends at once
@@ -824,7 +822,7 @@ def test_a_deploy_that_fails_changes_nothing(team: Hive, source: Source, monkeyp
 def slow_git(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """While this file is there, the hive's git waits."""
     barrier, program = folder / "barrier", folder / "git"
-    program.write_text(f"#!/bin/sh\nwhile [ -e {barrier} ]; do sleep 0.05; done\nexec {shutil.which('git')} \"$@\"\n")
+    program.write_text(f'#!/bin/sh\nwhile [ -e {barrier} ]; do sleep 0.05; done\nexec {shutil.which("git")} "$@"\n')
     program.chmod(0o755)
     monkeypatch.setenv("HYPERHIVE_GIT", str(program))
     return barrier

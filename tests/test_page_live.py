@@ -13,7 +13,7 @@ import browserbox
 import pytest
 from browserbox import Tab, card
 from hive import Hive, wait_for
-from playwright.sync_api import Route, expect
+from playwright.sync_api import APIResponse, Route, expect
 
 browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
 
@@ -67,15 +67,50 @@ def test_a_thread_that_cannot_be_asked_for_is_not_called_missing(crew: Hive, tab
     expect(tab.page.get_by_text("There is no message")).to_have_count(0)
 
 
+def go_and_hold(tab: Tab, view: str, path: str) -> Callable[[], None]:
+    """The view asks for `path`; the first answer is made now and comes when what is returned here is called."""
+    held: list[tuple[Route, APIResponse]] = []
+
+    def hold(route: Route) -> None:
+        if held:
+            route.continue_()
+        else:
+            held.append((route, route.fetch()))
+
+    def release() -> None:
+        [(route, response)] = held
+        route.fulfill(response=response)
+
+    tab.page.route(re.compile(f"{path}$"), hold)
+    tab.go(view)
+    wait_for(lambda: tab.page.evaluate("true") and held, "the answer to be made")
+    return release
+
+
 def test_the_list_of_requests_follows(crew: Hive, tab: Tab) -> None:
-    tab.go("approvals")
+    expect(tab.page.get_by_role("heading", name=re.compile("for you"))).to_be_visible()
+    release = go_and_hold(tab, "approvals", "/api/approvals")
     rows = tab.page.get_by_role("main").locator("a.row")
     with crew.agent("manager") as manager:
         number = manager.ask("request_spawn", name="dora", description="She paints.")["id"]
+    expect(tab.page.get_by_label("1 waiting for you")).to_be_visible()
+    release()  # it knows of no request
     expect(rows.first).to_contain_text(f"#{number}")
     expect(rows.first).to_contain_text("pending")
     assert crew.api("POST", f"/api/approvals/{number}/deny", {}).status == 200
     expect(rows.first).to_contain_text("denied")
+
+
+def test_what_was_asked_of_a_request_before_it_was_decided_is_asked_again(crew: Hive, tab: Tab) -> None:
+    tab.go("agents")  # the call view would have asked for it
+    with crew.agent("manager") as manager:
+        number = manager.ask("request_spawn", name="elsa", description="She sings.")["id"]
+    expect(tab.page.get_by_label("1 waiting for you")).to_be_visible()
+    release = go_and_hold(tab, f"approvals/{number}", f"/api/approvals/{number}")
+    assert crew.api("POST", f"/api/approvals/{number}/deny", {}).status == 200
+    expect(tab.page.get_by_text("Loading…")).to_be_visible()
+    release()  # it says "pending"
+    expect(tab.page.get_by_role("main")).to_contain_text("Denied by you")
 
 
 def test_a_schedule_that_was_written_goes_from_the_list(crew: Hive, tab: Tab) -> None:

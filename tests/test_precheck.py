@@ -19,6 +19,8 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for containers"),
     pytest.mark.timeout(300),
 ]
+
+
 def test_what_diff_closures_says_is_a_table() -> None:
     lines = [
         "librsvg: ∅ → 2.60.0, +4100.5 KiB",
@@ -79,7 +81,6 @@ def test_of_a_failed_build_the_cause_is_told() -> None:
     ]
     assert what_nix_says(lines, ["agent.nix"]) == {"error": "builder for 'trial.drv' failed with exit code 7;"}
     assert what_nix_says(["killed"], ["agent.nix"]) == {}
-
 
 
 @pytest.fixture(scope="module")
