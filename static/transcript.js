@@ -37,7 +37,7 @@ export class Transcript {
     this.partial = "";
     this.at_start = false;
     this.notes = null; // {text, at}: what the agent keeps in its notes, once it was asked
-    this.awaited = new Map(); // what the agent is asked for → the function that is told of its end
+    this.asking = new Set(); // one for each request under way: {ends: what the agent said it has sent, heard: function}
     this.find = new Find(this);
   }
 
@@ -48,7 +48,7 @@ export class Transcript {
     for (const event of events) {
       if (event.kind === "partial") this.partial = event.data.text;
       else if (event.kind === "notes") this.notes = { text: event.data.text, at: event.at };
-      else if (event.kind === "history") this.awaited.get(asked_for(event.data))?.(event.data);
+      else if (event.kind === "history") this.hear(event.data);
       else this.add_one(event);
     }
     if (this.size > KEPT_CHARACTERS) this.forget_oldest();
@@ -141,20 +141,37 @@ export class Transcript {
 
   /** Older events, with `find` only those that hold it. How many there are below `before`, at most `max`. */
   async fetch(before, max, find = "") {
-    const { events, rest, more } = await this.fetch_older(before, max, find);
-    this.add(events);
-    const found = { count: events.length, oldest: events[0]?.id, rest, more };
-    if (!rest?.asked) return found;
-    const late = await this.told({ before: rest.before, find });
-    return { ...found, count: found.count + late.count, oldest: late.oldest ?? found.oldest };
+    const asked = { ends: [], heard: () => {} };
+    this.asking.add(asked);
+    try {
+      const { events, rest, more } = await this.fetch_older(before, max, find);
+      this.add(events);
+      const found = { count: events.length, oldest: events[0]?.id, rest, more };
+      if (!rest?.asked) return found;
+      const late = await this.end_of(asked, { before: rest.before, find });
+      return { ...found, count: found.count + late.count, oldest: late.oldest ?? found.oldest };
+    } finally {
+      this.asking.delete(asked);
+    }
   }
 
-  told(what) {
-    const key = asked_for(what);
+  hear(end) {
+    for (const asked of this.asking) {
+      asked.ends.push(end);
+      asked.heard();
+    }
+  }
+
+  /** The stream may have brought it before the answer that says what to wait for. */
+  end_of(asked, what) {
     return new Promise((resolve, reject) => {
       setTimeout(() => reject(new Error(`${this.name} does not answer. Try again.`)), LATE_MS);
-      this.awaited.set(key, resolve);
-    }).finally(() => this.awaited.delete(key));
+      asked.heard = () => {
+        const end = asked.ends.find((one) => same_history(one, what));
+        if (end) resolve(end);
+      };
+      asked.heard();
+    });
   }
 
   async earlier(before = this.first_id()) {
@@ -252,7 +269,7 @@ export class Transcript {
   }
 }
 
-const asked_for = ({ before, find = "" }) => `${before} ${find}`;
+const same_history = (one, other) => one.before === other.before && (one.find ?? "") === (other.find ?? "");
 
 const CARET = h("span", { key: "caret", class: "cursor", "aria-hidden": "true" });
 

@@ -28,8 +28,10 @@ CLAUDE = ROOT / "tests/node_modules/.bin/claude"
 NOT_IN_CI = ("nixos-container",)
 
 
-# A shell makes what it runs in the background deaf to Ctrl-C. What a test starts shall hear it.
+# A shell makes what it runs in the background deaf to Ctrl-C, and nohup to the end of a terminal. What a test starts
+# shall hear both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # On a busy machine an example takes as long as it takes, and none is kept for another run.
 hypothesis.settings.register_profile("hive", deadline=None, database=None)

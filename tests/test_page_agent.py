@@ -18,7 +18,7 @@ import browserbox
 import pytest
 from browserbox import Tab, rehearse, row_of, spawn
 from hive import HYPERHIVE, Hive, listens, wait_for
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
 
@@ -314,7 +314,14 @@ def a_past() -> Iterator[tuple[int, str, dict[str, Any]]]:
         yield turn, "turn_end", {"outcome": "done", "duration_ms": 5, "tools": 8, "tokens": 9, "cost_usd": 0.01}
 
 
-@pytest.mark.parametrize("where", ["dashboard", "own page"])
+def answer_late(route: Route) -> None:
+    """After the stream has brought what this answer only promises."""
+    answer = route.fetch()
+    time.sleep(0.5)
+    route.fulfill(response=answer)
+
+
+@pytest.mark.parametrize("where", ["dashboard", "slow dashboard", "own page"])
 def test_find_reaches_what_is_folded_and_what_is_not_loaded(
     folder: Path, open_tab: Callable[..., Tab], where: str
 ) -> None:
@@ -323,9 +330,11 @@ def test_find_reaches_what_is_folded_and_what_is_not_loaded(
         remember(hive, a_past())
         url = row_of(hive, "alice")["url"] if where == "own page" else f"{hive.url}/#token={hive.token}"
         tab = open_tab(url)
-        if where == "dashboard":
-            tab.go("agents/alice")
         page = tab.page
+        if where != "own page":
+            tab.go("agents/alice")
+        if where == "slow dashboard":
+            page.route(re.compile(r"/events\?"), answer_late)
         expect(page.get_by_role("region", name="Turn 1499")).to_be_visible()
         page.keyboard.press("Control+f")
         find = page.get_by_role("search")
