@@ -37,7 +37,11 @@ export function signin(agent, base, { words = null, close = null } = {}) {
   const login = agent.login ?? {};
   const group = `login:${agent.name}`;
   const key = `code:${agent.name}`;
-  const finish = () => post(`${base}/login_finish`, { code: draft(key).trim() }).then(() => spend_draft(key));
+  const finish = async () => {
+    const code = draft(key).trim();
+    await post(`${base}/login_finish`, { code });
+    spend_draft(key, code); // what is wrong with it may be told, and the next one typed, before this is answered
+  };
   const cancel = button(group, "Cancel", () => post(`${base}/login_cancel`));
   const begin = button(group, login.phase === "failed" ? "Try again" : "Sign in", () => post(`${base}/login_begin`), {
     kind: "main",

@@ -270,10 +270,10 @@ on("roster", () => location.hash === "#/agents" && load_kept());
 
 function new_agent() {
   const spawn = async () => {
-    const description = draft("spawn:description").trim();
-    await post("/api/agents", { name: draft("spawn:name").trim(), ...(description && { description }) });
-    spend_draft("spawn:name");
-    spend_draft("spawn:description");
+    const [name, description] = [draft("spawn:name").trim(), draft("spawn:description").trim()];
+    await post("/api/agents", { name, ...(description && { description }) });
+    spend_draft("spawn:name", name);
+    spend_draft("spawn:description", description);
   };
   const enter = () => act("spawn", "Create", spawn);
   return h(

@@ -136,7 +136,7 @@ export function composer({ key, label, placeholder, send, name, disabled, files,
     await send(with_files(text, sent));
     const left = attached(key).filter(({ path }) => !sent.some((file) => file.path === path));
     set_attached(key, left); // one may have come meanwhile
-    if (draft(key).trim() === text) spend_draft(key);
+    spend_draft(key, text);
   };
   return h(
     "div",

@@ -19,8 +19,9 @@ export function set_draft(key, text) {
   sessionStorage.setItem("drafts", JSON.stringify(Object.fromEntries(drafts)));
 }
 
-/** Forgets a draft that was sent, and empties its field if it is still on the page. */
-export function spend_draft(key) {
+/** Forgets a draft that was `sent`, unless it is another by now, and empties its field if it is still on the page. */
+export function spend_draft(key, sent = draft(key).trim()) {
+  if (draft(key).trim() !== sent) return;
   set_draft(key, "");
   for (const field of document.querySelectorAll("[data-draft]")) if (field.dataset.draft === key) field.value = "";
 }

@@ -18,7 +18,7 @@ from browserbox import Tab, card, rehearse, row_of, spawn
 from conftest import CLAUDE
 from fakes.messages_api import Api
 from hive import Hive, listens, wait_for
-from playwright.sync_api import Locator, expect
+from playwright.sync_api import Locator, Route, expect
 
 browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
 
@@ -98,9 +98,15 @@ def test_a_sign_in_with_every_way_to_fail_first(hive: Hive, opened: Callable[[Hi
     signed_out(hive, {"text": "Signed in at last."})
     tab = opened(hive)
     begin(tab, REHEARSED)
+    held: list[Route] = []
+    tab.page.route(re.compile("/login_finish$"), lambda route: held.append(route), times=1)
     give(tab, "half-of-a-code")
+    wait_for(lambda: tab.page.evaluate("true") and held, "the code to be given")
+    answer = held[0].fetch()
     expect(panel(tab)).to_contain_text("not the whole code")
-    give(tab, "wrong#state")
+    panel(tab).get_by_label("Code for alice").fill("wrong#state")
+    held[0].fulfill(response=answer)  # it is of the code before
+    panel(tab).get_by_role("button", name="Finish").click()
     expect(panel(tab)).to_contain_text(re.compile("^Login failed"))
     expect(panel(tab).get_by_role("button", name="Sign alice in")).to_have_text("Try again")
     begin(tab, REHEARSED)
