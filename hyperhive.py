@@ -796,8 +796,10 @@ def run(
 
     `memory_bytes` is what it, and each process that it starts, may map.
     """
-    shown, deadline = shlex.join(argv), time.monotonic() + timeout_s
+    name, shown, deadline = argv[0], shlex.join(argv), time.monotonic() + timeout_s
     log.debug("run: %s", shown)
+    if memory_bytes is not None:  # not from here, once it runs: it might have started others by then
+        argv = ["/bin/sh", "-c", 'ulimit -v "$0" && exec "$@"', str(memory_bytes // 1024), *argv]
     with tempfile.TemporaryFile() as given:
         given.write(stdin or b"")
         given.seek(0)
@@ -811,9 +813,7 @@ def run(
             start_new_session=True,
         )
     try:
-        if memory_bytes is not None:
-            resource.prlimit(child.pid, resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-        stdout, stderr = read_output(child, argv[0], max_bytes, deadline)
+        stdout, stderr = read_output(child, name, max_bytes, deadline)
         child.wait(max(0.0, deadline - time.monotonic()))
     except (TimeoutError, subprocess.TimeoutExpired):
         raise Refused("internal", f"{shown} did not end within {timeout_s:g} s") from None
