@@ -190,7 +190,8 @@ export function levers(agent) {
   ];
 }
 
-const destroying = (agent) => `destroy:${agent.name}`;
+// One that lives and what is kept of it are destroyed by forms of their own: the first may still be on its way.
+const destroying = (agent) => `destroy:${agent.name}${agent.kept ? ":kept" : ""}`;
 
 export function destroy_button(agent) {
   if (agent.manager) return null;
@@ -203,7 +204,7 @@ export function destroy_button(agent) {
 /** Destroying asks for the name typed again; without `purge` everything but the container stays. */
 export function destroy_form(agent) {
   if (!toggled(destroying(agent))) return null;
-  const key = `confirm:${agent.name}`;
+  const key = `confirm:${destroying(agent)}`;
   const purge = agent.kept || toggled(`purge:${agent.name}`);
   const confirmed = draft(key).trim() === agent.name;
   const destroy = async () => {

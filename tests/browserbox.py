@@ -79,6 +79,11 @@ def open_tab(browser: Browser) -> Iterator[Callable[..., Tab]]:
         tab.close()
 
 
+def wait_beside(tab: Tab, look: Callable[[], Any], what: str) -> Any:
+    """As `wait_for`, while what the page asks for goes on being routed."""
+    return wait_for(lambda: tab.page.evaluate("true") and look(), what)
+
+
 # ── what tests of the pages do with a hive ──
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import browserbox
 import pytest
-from browserbox import Tab, card
+from browserbox import Tab, card, wait_beside
 from hive import Hive, wait_for
 from playwright.sync_api import APIResponse, Route, expect
 
@@ -83,7 +83,7 @@ def go_and_hold(tab: Tab, view: str, path: str) -> Callable[[], None]:
 
     tab.page.route(re.compile(f"{path}$"), hold)
     tab.go(view)
-    wait_for(lambda: tab.page.evaluate("true") and held, "the answer to be made")
+    wait_beside(tab, lambda: held, "the answer to be made")
     return release
 
 
@@ -143,6 +143,7 @@ def test_lines_of_a_log_are_told_apart_by_their_numbers(crew: Hive, tab: Tab) ->
     for first, lines in ((len(known), [known[-1], "a new line"]), (len(known) + 1, ["a new line", "the last"])):
         tab.page.evaluate(TAKE, {"kind": "deploy_log", "id": number, "first": first, "lines": lines})
     expect(log).to_contain_text("the last")
+    wait_beside(tab, lambda: held, "the log to be asked for")
     held[0].continue_()
     expect(log).to_have_text("\n".join([*known, "a new line", "the last"]))
 
@@ -247,10 +248,18 @@ def test_a_destroyed_agent_leads_nowhere_and_is_wiped_whatever_was_ticked(
     wipe.check()
     wipe.uncheck()
     row.get_by_label("Type carol to confirm").fill("carol")
+    held: list[Route] = []
+    tab.page.route(re.compile("/destroy$"), lambda route: held.append(route))
     row.get_by_role("button", name="Destroy", exact=True).click()
+    wait_beside(tab, lambda: held, "the button to be pressed")
+    answer = held[0].fetch()
     expect(row).to_contain_text("destroyed, state kept")
     expect(row.get_by_role("link", name="carol")).to_have_count(0)
     row.get_by_role("button", name="Destroy…").click()
+    row.get_by_label("Type carol to confirm").fill("car")
+    with tab.page.expect_response(re.compile("/destroy$")):
+        held[0].fulfill(response=answer)  # it is of the first, and closes nothing now
+    expect(row.get_by_label("Type carol to confirm")).to_have_value("car")
     expect(wipe).to_be_checked()
     expect(wipe).to_be_disabled()
     expect(row.get_by_role("button", name="Destroy and wipe")).to_be_visible()

@@ -14,7 +14,7 @@ from typing import Any
 
 import browserbox
 import pytest
-from browserbox import Tab, card, rehearse, row_of, spawn
+from browserbox import Tab, card, rehearse, row_of, spawn, wait_beside
 from conftest import CLAUDE
 from fakes.messages_api import Api
 from hive import Hive, listens, wait_for
@@ -101,7 +101,7 @@ def test_a_sign_in_with_every_way_to_fail_first(hive: Hive, opened: Callable[[Hi
     held: list[Route] = []
     tab.page.route(re.compile("/login_finish$"), lambda route: held.append(route), times=1)
     give(tab, "half-of-a-code")
-    wait_for(lambda: tab.page.evaluate("true") and held, "the code to be given")
+    wait_beside(tab, lambda: held, "the code to be given")
     answer = held[0].fetch()
     expect(panel(tab)).to_contain_text("not the whole code")
     panel(tab).get_by_label("Code for alice").fill("wrong#state")
