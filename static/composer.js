@@ -11,13 +11,14 @@ import { load_files } from "./files.js";
 // A file is sent to the hive as soon as it is chosen. One that is there belongs to the draft: it outlives a reload.
 
 const under_way = new Map(); // draft → [{id, name, size, sent, error, abort}]
-let last_id = 0;
+let last_id = Date.now(); // above those of a draft that has outlived the page before
 let max_bytes = null;
 
 const files_key = (key) => `files:${key}`;
 const attached = (key) => JSON.parse(draft(files_key(key)) || "[]");
 const set_attached = (key, files) => set_draft(files_key(key), files.length ? JSON.stringify(files) : "");
 const uploads = (key) => under_way.get(key) ?? [];
+const by_id = (one, other) => one.id - other.id; // the order in which they were chosen, however fast they were
 
 function drop_upload(key, upload) {
   under_way.set(
@@ -43,10 +44,10 @@ async function attach_one(key, file) {
     max_bytes ??= (await get("/api/files")).max_bytes;
     if (file.size > max_bytes) throw new Error(`It is too large: a file may have at most ${bytes(max_bytes)}.`);
     const { name, path, size } = await upload(file, on_progress, (abort) => Object.assign(one, { abort }));
-    load_files(); // a list of them may be looked at by now
-    if (!uploads(key).includes(one)) return; // it was taken away meanwhile
-    set_attached(key, [...attached(key), { name, path, size }]);
+    if (uploads(key).includes(one)) set_attached(key, [...attached(key), { id: one.id, name, path, size }].sort(by_id));
+    else await remove_file(name); // it was taken away meanwhile
     drop_upload(key, one);
+    load_files(); // a list of them may be looked at by now
   } catch (error) {
     one.error = error;
     changed();
@@ -54,25 +55,27 @@ async function attach_one(key, file) {
 }
 
 /** What was not sent yet is of no use to anybody: it goes from the hive, too. */
+const remove_file = (name) => post("/api/files/delete", { name });
+
 async function detach(key, file) {
-  await post("/api/files/delete", { name: file.name });
+  await remove_file(file.name);
   set_attached(
     key,
     attached(key).filter((other) => other.name !== file.name),
   );
 }
 
-function chip(id, file, words, remove) {
-  return h("li", { key: id, class: "chip" }, h("span", { class: "wrap" }, file.name), words, remove);
+function chip(file, words, remove) {
+  return h("li", { key: file.id, class: "chip" }, h("span", { class: "wrap" }, file.name), words, remove);
 }
 
 function chips(key) {
-  const done = attached(key).map((file) => {
+  const done = (file) => {
     const group = `file:${file.name}`;
     const remove = button(group, "×", () => detach(key, file), { kind: "quiet", name: `Remove ${file.name}` });
-    return chip(file.name, file, [h("span", { class: "dim" }, bytes(file.size)), refusal(group)], remove);
-  });
-  const coming = uploads(key).map((file) => {
+    return chip(file, [h("span", { class: "dim" }, bytes(file.size)), refusal(group)], remove);
+  };
+  const coming = (file) => {
     const part = file.size ? file.sent / file.size : 0;
     const words = file.error
       ? h("span", { class: "bad wrap", role: "alert" }, file.error.message)
@@ -81,10 +84,11 @@ function chips(key) {
       file.abort();
       drop_upload(key, file);
     };
-    return chip(file.id, file, words, plain("×", take_away, { kind: "quiet", "aria-label": `Remove ${file.name}` }));
-  });
-  const all = [...done, ...coming];
-  return all.length > 0 && h("ul", { class: "chips", "aria-label": "Attached files" }, all);
+    return chip(file, words, plain("×", take_away, { kind: "quiet", "aria-label": `Remove ${file.name}` }));
+  };
+  const all = [...attached(key), ...uploads(key)].sort(by_id);
+  const chips_of = all.map((file) => (file.path ? done(file) : coming(file)));
+  return all.length > 0 && h("ul", { class: "chips", "aria-label": "Attached files" }, chips_of);
 }
 
 function attach_button(key) {

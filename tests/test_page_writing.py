@@ -9,7 +9,7 @@ from pathlib import Path
 
 import browserbox
 import pytest
-from browserbox import Tab, row_of, spawn
+from browserbox import Tab, row_of, spawn, wait_beside
 from hive import Hive, wait_for
 from playwright.sync_api import Locator, Route, expect
 
@@ -66,11 +66,16 @@ def test_files_go_along_with_a_message(team: Hive, tab: Tab, tmp_path: Path) -> 
     chooser.value.set_files(report)
     expect(chips(tab)).to_contain_text("quarterly-report.md")
     expect(chips(tab)).to_contain_text("2 KiB")
+    slow: list[Route] = []
+    tab.page.route(re.compile("name=image"), lambda route: slow.append(route), times=1)
     tab.page.get_by_label("Message", exact=True).evaluate(PASTE, ["image.png", "image/png"])
     expect(chips(tab)).to_have_count(2)
+    wait_beside(tab, lambda: slow, "it to be handed over")
     tab.page.locator(".composer").evaluate(DROP)
     expect(chips(tab)).to_have_count(4)
-    expect(chips(tab).get_by_role("status")).to_have_count(0)  # all have arrived
+    expect(chips(tab).get_by_role("status")).to_have_count(1)  # all others have arrived
+    slow[0].continue_()
+    expect(chips(tab).get_by_role("status")).to_have_count(0)
     chips(tab).filter(has_text="one.txt").get_by_role("button", name="Remove one.txt").click()
     expect(chips(tab)).to_have_count(3)
     assert names_of_files(team) == {"quarterly-report.md", "image.png", "two.txt"}
