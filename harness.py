@@ -551,7 +551,7 @@ class Calls:
 
 
 class Inbox(queue.SimpleQueue[Any]):
-    """What happens, in order, for the one thread that decides. `put` may be called in a signal handler."""
+    """What happens, in order, for the one thread that decides."""
 
 
 @dataclass(frozen=True)
@@ -1613,6 +1613,7 @@ class Journal(threading.Thread):
         self.store, self.feed, self._calls = store, feed, calls
         self.name_of_agent = ""
         self._news = threading.Condition()
+        self._shown = threading.Lock()  # what is still being written is shown before the whole of it, never after
         self._dirty = False
         self._sent: int | None = None  # highest event the host has; unknown while there is no connection
         self._states: collections.deque[Json] = collections.deque(maxlen=100)  # each transition is told
@@ -1623,9 +1624,10 @@ class Journal(threading.Thread):
         self._closing = False
 
     def record(self, turn: int, kind: str, data: Json, pictures: tuple[Json, ...] = ()) -> None:
-        event = self.store.add(turn, kind, bounded(data) | ({"pictures": list(pictures)} if pictures else {}))
-        self._partial = None if kind == "text" else self._partial
-        self._show([event])
+        with self._shown:
+            event = self.store.add(turn, kind, bounded(data) | ({"pictures": list(pictures)} if pictures else {}))
+            self._partial = None if kind == "text" else self._partial
+            self._show([event])
         self._wake()
 
     def partial(self, text: str) -> None:
@@ -1682,8 +1684,9 @@ class Journal(threading.Thread):
             if not self._closing:
                 time.sleep(REPORT_EVERY_S)  # gathers what comes together into one line
             self._dirty = False
-            if self._partial is not None:
-                self._show([self._partial_event()])
+            with self._shown:
+                if self._partial is not None:
+                    self._show([self._partial_event()])
             self._report_all()
             if time.monotonic() - trimmed > 3600:
                 self.store.trim()
@@ -3227,7 +3230,7 @@ class PageThread(threading.Thread):
 
     def run(self) -> None:
         while True:
-            while (hello := self._agent.hello) is None:
+            while (hello := self._agent.hello) is None or not self._agent.row:
                 time.sleep(0.05)
             try:
                 with self._bound(hello.page_host, hello.page_port) as server:
@@ -3766,6 +3769,25 @@ def rehearse(arguments: list[str]) -> int:
 # ──────────────────────────────────────────────────────────────────────────────
 
 
+def hear_signals(stop: Callable[[], object]) -> None:
+    """Have a thread of its own call `stop` at each SIGTERM and SIGINT.
+
+    Python's handlers run in the main thread, between two of its instructions: one that came just before it
+    began to wait would be heard when the wait is over, if ever. The wakeup descriptor is written to at once.
+    """
+    ears, mouth = socket.socketpair()
+    mouth.setblocking(False)
+    signal.set_wakeup_fd(mouth.detach(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: None)
+
+    def hear() -> None:
+        while ears.recv(1):
+            stop()
+
+    threading.Thread(target=hear, name="signals", daemon=True).start()
+
+
 def run_service(config: Config) -> int:
     config.state.mkdir(parents=True, exist_ok=True)
     inbox, feed = Inbox(), Feed()
@@ -3775,8 +3797,7 @@ def run_service(config: Config) -> int:
     agent = Agent(config, inbox, journal, calls)
     box = Toolbox(config, calls, agent.about_me, agent.set_status_text, agent.start_next_turn)
     agent.serve_tools = ToolServer(box, lambda: agent.session.manager).serve
-    signal.signal(signal.SIGTERM, lambda number, frame: inbox.put(Stop()))
-    signal.signal(signal.SIGINT, lambda number, frame: inbox.put(Stop()))
+    hear_signals(lambda: inbox.put(Stop()))
     journal.start()
     PageThread(agent, Calls(config.socket)).start()
     agent.run()

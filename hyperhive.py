@@ -1006,6 +1006,13 @@ def processes_with(marker: str) -> list[int]:
     return found
 
 
+def open_files(folder: Path) -> Iterator[str]:
+    """What the descriptors in a /proc/PID/fd are of, but for those that are closed meanwhile."""
+    for fd in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            yield str(fd.readlink())
+
+
 def port_holder(port: int) -> str:
     """Who listens on a TCP port: ` by pid 12 (nginx)`, or nothing where it can't be found."""
     inodes = set()
@@ -1018,7 +1025,7 @@ def port_holder(port: int) -> str:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and inodes:
             with contextlib.suppress(OSError):
-                if any(str(fd.readlink()) in inodes for fd in (entry / "fd").iterdir()):
+                if not inodes.isdisjoint(open_files(entry / "fd")):
                     name = (entry / "comm").read_text(errors="replace").strip()  # what it calls itself: any bytes
                     return f" by pid {entry.name} ({name.encode('unicode_escape').decode()})"
     return ""
@@ -4016,6 +4023,7 @@ class Agents:
         self.attached: dict[str, threading.Event] = {}  # somebody is at its keyboard; set: its loop holds still
         self._leaving = False
         self._locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
+        self._looking = threading.Lock()  # or what was seen before would take the place of what is seen now
         self._crashes: dict[str, deque[int]] = defaultdict(deque)
         self._near = now_ms() + SIGN_IN_ENDS_MS
         self._heard: dict[str, float] = {}  # of those that run, when their harness last showed that it lives
@@ -4092,7 +4100,7 @@ class Agents:
 
     def _until_disconnected(self, name: str) -> None:
         """Once its connections have ended, the mail that it had leased is back."""
-        end = time.monotonic() + 1.0
+        end = time.monotonic() + 5.0
         while self.connected[name] and time.monotonic() < end:
             time.sleep(0.01)
 
@@ -4239,9 +4247,10 @@ class Agents:
 
     def look(self) -> None:
         """Compare what runs with what should: called each tick, and after each change of ours."""
-        states = self.containers.states()
-        running = frozenset(name for name, state in states.items() if state.running)
-        changed, self.running = running ^ self.running, running
+        with self._looking:
+            states = self.containers.states()
+            running = frozenset(name for name, state in states.items() if state.running)
+            changed, self.running = running ^ self.running, running
         if changed:
             self._store.write(lambda tx: tx.changes.extend(("agent", name) for name in sorted(changed)))
         for row in self._store.rows("SELECT name FROM agents WHERE wanted AND NOT kept AND deployed_sha NOT NULL"):
@@ -6483,7 +6492,6 @@ class AgentConnection(Connection):
         f.text("session", max_bytes=100, default=None)
         f.done()
         self._greeted = True
-        self._s.agents.connected[self.name].add(self)
         known = self._s.store.write(lambda tx: self._greet(tx, last, model))
         config, row = self._s.config, self._s.agents.living(self.name)
         page = {"host": config.listen_address, "port": config.port_of(self.name), "hosts": list(config.known_hosts)}
@@ -6517,12 +6525,17 @@ class AgentConnection(Connection):
             self.name,
         )
         tx.changed("agent", self.name)
-        tx.after_commit(lambda: self._s.broker.drop_controls(self.name))
+        tx.after_commit(self._met)
         known = int(tx.value("SELECT coalesce(max(id), 0) FROM events WHERE agent = ?", self.name))
         if known > last_event:  # its store is new: its numbers begin again
             tx.execute("DELETE FROM events WHERE agent = ?", self.name)
             known = 0
         return known
+
+    def _met(self) -> None:
+        """From now on it can be told what to do; what was meant for the one before is not for this one."""
+        self._s.broker.drop_controls(self.name)
+        self._s.agents.connected[self.name].add(self)
 
     def _leave(self) -> None:
         connected = self._s.agents.connected
@@ -7944,16 +7957,21 @@ class Daemon:
                 self._systemd.tell(STOPPING=1, STATUS="stopping")
 
     def _hear_signals(self) -> None:
-        """A handler interrupts the main thread anywhere, also inside `Event.wait`, whose lock `set` would wait for."""
-        signals: queue.SimpleQueue[int] = queue.SimpleQueue()  # its `put` may be interrupted by another
+        """A handler runs in the main thread: not while that waits, or inside `Event.wait`, whose lock `set` needs.
 
-        def stop() -> None:
-            signals.get()
-            self._stop.set()
+        The wakeup descriptor is written to at once, whatever the main thread does.
+        """
+        ears, mouth = socket.socketpair()
+        mouth.setblocking(False)
+        signal.set_wakeup_fd(mouth.detach(), warn_on_full_buffer=False)
+
+        def hear() -> None:
+            while ears.recv(1):
+                self._stop.set()
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: signals.put(number))
-        threading.Thread(target=stop, name="signals", daemon=True).start()
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=hear, name="signals", daemon=True).start()
 
     def _begin(self) -> Services | None:
         """None when a signal came while we waited for the port."""

@@ -25,7 +25,7 @@ import {
   toggled,
 } from "./parts.js";
 import { agent_named, changed, on, state } from "./store.js";
-import { get, post, send_messages } from "./api.js";
+import { get, in_turn, post, send_messages } from "./api.js";
 import { composer } from "./composer.js";
 import { Transcript } from "./transcript.js";
 import { destroy_button, destroy_form, levers, sign_in_ends_soon, why_words } from "./agents.js";
@@ -116,11 +116,13 @@ function write_to(agent, { base, to }) {
 function model_form(agent, base) {
   const key = `model:${agent.name}`;
   const group = `agent:${agent.name}`;
-  const set = () =>
-    post(`${base}/model`, { model: draft(key).trim() }).then(() => {
-      spend_draft(key);
-      toggle(`${key}:open`, false);
-    });
+  const set = async () => {
+    const model = draft(key).trim();
+    await post(`${base}/model`, { model });
+    if (draft(key).trim() !== model) return; // another is being typed
+    spend_draft(key);
+    toggle(`${key}:open`, false);
+  };
   return h(
     "div",
     { class: "decide" },
@@ -324,25 +326,30 @@ export function agent_side(agent, base, threads, notes, more = {}) {
 
 // ── On the dashboard ─────────────────────────────────────────────────────────────────────────────
 
-let shown = null; // {name, transcript, reminders, counted, error}
+let shown = null; // {name, transcript, reminders, counted: how many there were when they were asked for, error, load}
 
 export function show_agent(name) {
   const path = `/api/agents/${name}`;
   const older = (before, max, find) =>
     get(`${path}/events?before=${before}&max=${max}${find && `&find=${encodeURIComponent(find)}`}`);
-  if (shown?.name !== name)
-    shown = { name, transcript: new Transcript(name, older), reminders: [], counted: 0, error: null };
-  return load_agent();
+  if (shown?.name !== name) {
+    const mine = { name, transcript: new Transcript(name, older), reminders: [], error: null };
+    shown = Object.assign(mine, { load: in_turn(() => load_agent(mine)) });
+  }
+  shown.counted = agent_named(name)?.pending_reminders;
+  return shown.load();
 }
 
+on("roster", () => {
+  if (shown && !agent_named(shown.name)) shown = null; // should one come under this name, it is another
+});
+
 /** Also after a connection was lost: what happened meanwhile is asked for again. */
-export async function load_agent() {
-  const mine = shown;
-  if (!mine) return;
+async function load_agent(mine) {
   try {
     const answer = await get(`/api/agents/${mine.name}`);
     mine.transcript.refresh(answer.events);
-    Object.assign(mine, { reminders: answer.reminders, counted: answer.agent.pending_reminders, error: null });
+    Object.assign(mine, { reminders: answer.reminders, error: null });
   } catch (error) {
     mine.error = error;
   }
@@ -356,7 +363,7 @@ on("events", (name, events) => {
 export function agent_view(name) {
   const agent = agent_named(name);
   if (!agent) {
-    shown = null; // should one come under this name, it is another
+    shown = null; // what was asked for was refused
     return panel(null, empty(`There is no agent named ${name}.`));
   }
   if (shown?.name !== name) show_agent(name);
@@ -374,7 +381,7 @@ export function agent_view_side(name) {
   if (!agent) return null;
   if (agent.pending_reminders !== shown.counted) {
     shown.counted = agent.pending_reminders;
-    load_agent();
+    shown.load();
   }
   const questions = state.questions.filter((row) => row.from === name || row.to === name);
   return agent_side(

@@ -22,7 +22,7 @@ import {
   toggle,
   toggled,
 } from "./parts.js";
-import { changed, on, state } from "./store.js";
+import { agent_named, changed, on, state } from "./store.js";
 import { get, in_turn, post } from "./api.js";
 
 // ── What it waits for, in words ──────────────────────────────────────────────────────────────────
@@ -201,6 +201,21 @@ export function destroy_button(agent) {
   });
 }
 
+let living = [];
+
+/** Another may come under its name. */
+on("roster", () => {
+  const names = state.agents.map(({ name }) => name);
+  for (const name of living) if (!names.includes(name)) disarm({ name });
+  living = names;
+});
+
+function disarm(agent) {
+  spend_draft(`confirm:${destroying(agent)}`);
+  toggle(`purge:${agent.name}`, false);
+  toggle(destroying(agent), false);
+}
+
 /** Destroying asks for the name typed again; without `purge` everything but the container stays. */
 export function destroy_form(agent) {
   if (!toggled(destroying(agent))) return null;
@@ -209,9 +224,7 @@ export function destroy_form(agent) {
   const confirmed = draft(key).trim() === agent.name;
   const destroy = async () => {
     await post(`/api/agents/${agent.name}/destroy`, { confirm: draft(key).trim(), purge });
-    spend_draft(key);
-    toggle(`purge:${agent.name}`, false); // another may come under this name
-    toggle(destroying(agent), false);
+    disarm(agent);
   };
   return h(
     "div",
@@ -299,6 +312,7 @@ function new_agent() {
 
 export function agents_view() {
   const { agents } = state;
+  const gone = kept.filter(({ name }) => !agent_named(name));
   return [
     heading("Agents", `${plural(agents.length, "agent")} · ${agents.filter((agent) => agent.running).length} running`),
     panel(
@@ -306,6 +320,6 @@ export function agents_view() {
       agents.length ? agents.map(agent_row) : empty("No agent yet. Start with the manager, or create one below."),
       new_agent(),
     ),
-    kept.length > 0 && [heading("Destroyed, state kept", kept.length), panel(null, kept.map(agent_row))],
+    gone.length > 0 && [heading("Destroyed, state kept", gone.length), panel(null, gone.map(agent_row))],
   ];
 }

@@ -61,13 +61,14 @@ export function in_turn(ask) {
   return Object.assign(call_it, { is_under_way: () => under_way !== null });
 }
 
-/** What was begun under a key: [to, body] → the message with its id. */
+/** What was begun under a key, and when: [to, body] → the message with its id. */
 const unsent = new Map();
+const SAME_MS = 600000; // later, the same words are another message
 
 /** Each keeps its id until all were taken: pressing Send again after a lost answer or a refusal is harmless. */
 export async function send_messages(key, ...messages) {
-  if (!unsent.has(key)) unsent.set(key, new Map());
-  const begun = unsent.get(key);
+  if (!(unsent.get(key)?.at > Date.now() - SAME_MS)) unsent.set(key, { at: Date.now(), begun: new Map() });
+  const { begun } = unsent.get(key);
   for (const message of messages) {
     const text = JSON.stringify([message.to, message.body]);
     if (!begun.has(text)) begun.set(text, { ...message, client_id: random_id() });
@@ -83,6 +84,7 @@ const random_id = () =>
 /** Hands a file to the hive; `begun` is given a function that breaks it off. fetch could not tell how far it is. */
 export function upload(file, on_progress, begun) {
   const request = new XMLHttpRequest();
+  const used = token;
   const gone = new Refusal("The file could not be handed over.", { hint: "Try again when the hive is back." });
   begun(() => request.abort());
   return new Promise((resolve, reject) => {
@@ -91,7 +93,7 @@ export function upload(file, on_progress, begun) {
     request.onload = () => {
       const { status, response } = request;
       if (status === 200) return resolve(response);
-      reject(refusal({ status, headers: new Headers() }, response ?? {}));
+      reject(refusal({ status, headers: new Headers() }, response ?? {}, used));
     };
     request.open("POST", `/api/files?name=${encodeURIComponent(file.name)}`);
     request.responseType = "json";
@@ -102,7 +104,8 @@ export function upload(file, on_progress, begun) {
 }
 
 async function call(method, path, body) {
-  const headers = { Authorization: `Bearer ${token}` };
+  const used = token;
+  const headers = { Authorization: `Bearer ${used}` };
   if (body !== undefined) headers["Content-Type"] = "application/json";
   let response;
   try {
@@ -115,11 +118,12 @@ async function call(method, path, body) {
   }
   const answer = await response.json().catch(() => ({}));
   if (response.ok) return answer;
-  throw refusal(response, answer);
+  throw refusal(response, answer, used);
 }
 
-function refusal(response, answer) {
-  if (response.status === 401) refuse("This token is not valid (any more).");
+/** The token is that of the request: there may be another by now. */
+function refusal(response, answer, used) {
+  if (response.status === 401 && used === token) refuse("This token is not valid (any more).");
   const text = answer.error ?? `The hive answered ${response.status}.`;
   return new Refusal(text, { code: answer.code, hint: answer.hint ?? wait_hint(response), status: response.status });
 }
@@ -175,7 +179,7 @@ export class Stream {
   move(path) {
     if (path === this.path) return;
     this.path = path;
-    this.moving = true;
+    this.moving = !this.wake; // while it waits to connect again, there is nothing to move
     this.cut?.abort();
     this.hurry();
   }
@@ -206,12 +210,12 @@ export class Stream {
   }
 
   async listen() {
-    const { cut, answer } = take_early(this.path) ?? ask_for_stream(this.path, this.last_id);
+    const { cut, answer, token: used } = take_early(this.path) ?? ask_for_stream(this.path, this.last_id);
     this.cut = cut;
     this.expect();
     try {
       const response = await answer;
-      if (!response.ok) throw refusal(response, await response.json().catch(() => ({})));
+      if (!response.ok) throw refusal(response, await response.json().catch(() => ({})), used);
       this.wait_ms = FIRST_WAIT_MS;
       this.on_state(true);
       await this.read(response.body.pipeThrough(new TextDecoderStream()).getReader());

@@ -8,7 +8,7 @@ import { changed, connected, draw_with, is_running_phase, on, state, take } from
 import { banner, connecting, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
 import { approval_card, press } from "./approval.js";
 import { detail } from "./detail.js";
-import { call_keys, call_view, load_past, past_view, show_card, waiting } from "./call.js";
+import { call_keys, call_view, load_past, past_view, rest_keys, show_card, waiting } from "./call.js";
 import { agents_brief, agents_view, load_kept } from "./agents.js";
 import { agent_view, agent_view_side, show_agent } from "./agent.js";
 import { help_dialog, help_keys } from "./help.js";
@@ -64,10 +64,13 @@ function where() {
   const path = location.hash.replace(/^#/, "") || "/call";
   for (const route of ROUTES) {
     const match = route.path.exec(path);
-    if (match) return { route, parts: match.slice(1) };
+    if (match) return { route, parts: match.slice(1), path };
   }
-  return { route: ROUTES[0], parts: [] };
+  return { route: ROUTES[0], parts: [], path: "/call" };
 }
+
+// The address may be another already, and its view not entered yet.
+let place = where();
 
 const open_approval = (id) => state.approvals.find((row) => row.id === Number(id));
 const approval_known = (id) => open_approval(id) ?? detail(Number(id)).row;
@@ -172,6 +175,7 @@ function more_view() {
 
 // ── Drawing ──────────────────────────────────────────────────────────────────────────────────────
 
+const TYPING = "input, textarea, select, [contenteditable]";
 let refused = null;
 
 function draw() {
@@ -182,20 +186,19 @@ function draw() {
       token_view(refused, "The command `url` of hyperhive, on the machine of the hive, prints the link with it.", start),
     );
   }
-  const { route, parts } = where();
+  const { route, parts } = place;
   const rows = waiting();
   const count = rows.length;
   document.title = `${count ? `(${count}) ` : ""}hyperhive`;
-  draw_following(
-    () => render(document.body, top(route.tab), banner(), page(route, parts), help_dialog()),
-    route.follows,
-  );
+  const typed_in = document.activeElement?.closest(TYPING);
+  draw_following(() => render(document.body, top(route.tab), banner(), page(place), help_dialog()), route.follows);
+  if (typed_in && !typed_in.isConnected) rest_keys(); // what they type on is meant for nobody else
   restore_place();
   tell_news(rows);
   if (route.tab === "flow") mark_read(Number(parts[0] ?? 0));
 }
 
-function page(route, parts) {
+function page({ route, parts, path }) {
   if (!state.ready) return connecting();
   return h(
     "div",
@@ -205,12 +208,12 @@ function page(route, parts) {
       { id: "main", tabindex: "-1", class: "column-main" },
       state.hive.rehearsal && route.view === call_view && h("p", { key: "rehearsal", class: "rehearsal" }, REHEARSAL),
       refusal("pause_all"),
-      h("div", { key: location.hash || "#/call" }, route.view(...parts)),
+      h("div", { key: path }, route.view(...parts)),
     ),
     h(
       "aside",
       { class: `column-side ${toggled("side") ? "shown" : ""}`, "aria-label": "Beside" },
-      h("div", { key: route.side ? location.hash : "usual" }, (route.side ?? usual_side)(...parts)),
+      h("div", { key: route.side ? path : "usual" }, (route.side ?? usual_side)(...parts)),
     ),
   );
 }
@@ -244,7 +247,7 @@ const stream_path = ({ route, parts }) =>
 
 function go() {
   if (take_token_from_address()) return start();
-  const place = where();
+  place = where();
   follow_from_now(Boolean(place.route.follows));
   change_place(place.route.follows);
   if (refused !== null) return;
@@ -255,15 +258,13 @@ function go() {
 }
 
 const load = ({ route, parts }) => route.load?.(...parts);
-for (const kind of ["snapshot", "returned"]) on(kind, () => load(where()));
-
-const TYPING = "input, textarea, select, [contenteditable]";
+for (const kind of ["snapshot", "returned"]) on(kind, () => load(place));
 
 function on_key(event) {
   if (event.key === "Escape" && event.target.matches?.(TYPING)) return event.target.blur();
   if (refused !== null || event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.(TYPING)) return;
   if (toggled("help")) return;
-  const { route, parts } = where();
+  const { route, parts } = place;
   if (help_keys(event)) event.preventDefault();
   else route.keys?.(event, ...parts);
 }

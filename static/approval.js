@@ -41,11 +41,23 @@ on("approval", (row) => row.status !== "pending" && draft(note_key(row)) && spen
 async function decide(row, verdict, more = {}) {
   const note = draft(note_key(row)).trim();
   await post(`/api/approvals/${row.id}/${verdict}`, { ...(note && { note }), ...more });
-  spend_draft(note_key(row));
+  spend_draft(note_key(row), note);
 }
 
+const drawn = new Map(); // request → {digest of the change that the page shows, since: when it took the place of another}
+
+function note_drawn({ id, digest }) {
+  const { row, stale } = detail(id, digest);
+  const known = drawn.get(id);
+  if (row && !stale && known?.digest !== row.digest) drawn.set(id, { digest: row.digest, since: known ? Date.now() : 0 });
+}
+
+const REST_MS = 800;
+const is_drawn = (row) => drawn.get(row.id)?.digest === detail(row.id, row.digest).row?.digest;
+const has_rested = (row) => Date.now() > drawn.get(row.id).since + REST_MS;
+
 /** Approval names what was shown: had it changed, the hive would refuse. */
-const approve = (row) => decide(row, "approve", { digest: detail(row.id, row.digest).row.digest, undo: true });
+const approve = (row, { digest } = drawn.get(row.id)) => decide(row, "approve", { digest, undo: true });
 const deny = (row) => decide(row, "deny");
 
 /** To approve what can't be read whole takes a press more. */
@@ -60,7 +72,7 @@ function can_approve({ id, digest }) {
 
 export function press(row, key) {
   if (row.status !== "pending" || is_busy(group(row))) return;
-  if (key === "a" && can_approve(row)) {
+  if (key === "a" && can_approve(row) && is_drawn(row) && has_rested(row)) {
     if (takes_a_press_more(row)) toggle(sure(row), true);
     else act(group(row), "Approve", () => approve(row));
   }
@@ -83,7 +95,8 @@ export function approve_all(rows) {
     if (mine.length < 2) return null;
     const all = `approve_all:${agent}`;
     const approve_each = async () => {
-      for (const row of mine) await approve(row);
+      const shown = mine.filter(is_drawn).map((row) => [row, drawn.get(row.id)]); // before any of them changes
+      for (const [row, as] of shown) await approve(row, as);
     };
     return h(
       "div",
@@ -96,6 +109,7 @@ export function approve_all(rows) {
 }
 
 function approve_button(row, keys) {
+  note_drawn(row);
   const look = { kind: "main", hint: keys && "a", disabled: !can_approve(row) };
   const name = `Approve request ${row.id}`;
   if (takes_a_press_more(row))

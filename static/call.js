@@ -37,15 +37,20 @@ export function waiting() {
 
 // ── The keyboard ─────────────────────────────────────────────────────────────────────────────────
 // Keys act on the marked card. When the mark moves to another by itself, keys rest for a moment: a second press
-// that was meant for the first request must not decide the next, nor a stray one what has only just come.
+// that was meant for the first request must not decide the next, nor a stray one what has only just come. Whoever
+// goes on typing meanwhile, perhaps in a field that has gone, is not heard before they pause.
 
 const REST_MS = 800;
 let marked = "";
 let rest_until = 0;
 
+export function rest_keys() {
+  rest_until = Date.now() + REST_MS;
+}
+
 function mark_card(rows) {
   if (rows.some((row) => row.key === marked)) return;
-  rest_until = Date.now() + REST_MS;
+  rest_keys();
   marked = rows[0]?.key ?? "";
 }
 
@@ -59,6 +64,7 @@ export function show_card(key) {
 function bring(row, dom) {
   if (row.key !== sought) return;
   sought = undefined;
+  if (marked !== row.key) rest_keys();
   marked = row.key;
   requestAnimationFrame(() => dom.scrollIntoView({ block: "start" }));
   changed();
@@ -75,7 +81,8 @@ export function call_keys(event) {
   const index = rows.findIndex((row) => row.key === marked);
   if (event.key === "j" || event.key === "k") return step(rows, index + (event.key === "j" ? 1 : -1));
   const row = rows[index];
-  if (!row || Date.now() < rest_until || event.repeat) return;
+  if (Date.now() < rest_until) return rest_keys();
+  if (!row || event.repeat) return;
   if (row.kind === "approval") press(pending_approval(row.id), event.key);
   if (row.kind === "question" && /^[1-9]$/.test(event.key)) press_option(row.id, Number(event.key) - 1);
 }

@@ -2,7 +2,7 @@
 
 import { h } from "./dom.js";
 import { bytes } from "./text.js";
-import { act, button, draft, field, plain, refusal, set_draft, spend_draft } from "./parts.js";
+import { act, button, draft, field, is_busy, plain, refusal, set_draft, spend_draft } from "./parts.js";
 import { changed } from "./store.js";
 import { get, post, upload } from "./api.js";
 import { load_files } from "./files.js";
@@ -55,7 +55,11 @@ async function attach_one(key, file) {
 }
 
 /** What was not sent yet is of no use to anybody: it goes from the hive, too. */
-const remove_file = (name) => post("/api/files/delete", { name });
+async function remove_file(name) {
+  await post("/api/files/delete", { name }).catch((error) => {
+    if (error.status !== 404) throw error; // it has gone: as was wanted
+  });
+}
 
 async function detach(key, file) {
   await remove_file(file.name);
@@ -72,7 +76,11 @@ function chip(file, words, remove) {
 function chips(key) {
   const done = (file) => {
     const group = `file:${file.name}`;
-    const remove = button(group, "×", () => detach(key, file), { kind: "quiet", name: `Remove ${file.name}` });
+    const remove = button(group, "×", () => detach(key, file), {
+      kind: "quiet",
+      name: `Remove ${file.name}`,
+      disabled: is_busy(`send:${key}`),
+    });
     return chip(file, [h("span", { class: "dim" }, bytes(file.size)), refusal(group)], remove);
   };
   const coming = (file) => {
@@ -132,7 +140,8 @@ const with_files = (text, files) =>
  */
 export function composer({ key, label, placeholder, send, name, disabled, files, before, beside, below }) {
   const group = `send:${key}`;
-  const waits = () => uploads(key).some(({ error }) => !error);
+  const waits = () =>
+    uploads(key).some(({ error }) => !error) || attached(key).some(({ name }) => is_busy(`file:${name}`));
   const send_all = async () => {
     const text = draft(key).trim();
     const sent = attached(key);

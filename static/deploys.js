@@ -181,7 +181,9 @@ const first_known = () => Math.min(...state.deploys.map(({ id }) => id));
 const at_start = () => state.deploys.length < FEW || first_known() === very_first;
 
 async function earlier() {
-  const { deploys } = await get(`/api/deploys?max=${PAGE}&before=${first_known()}`);
+  const first = first_known();
+  const { deploys } = await get(`/api/deploys?max=${PAGE}&before=${first}`);
+  if (first !== first_known()) return; // there would be a hole between these
   add_older("deploys", deploys);
   if (deploys.length < PAGE) very_first = first_known();
 }

@@ -3,7 +3,7 @@
 import { h } from "./dom.js";
 import { ago, clock, plural, prose, you_or } from "./text.js";
 import { fold } from "./parts.js";
-import { changed, on } from "./store.js";
+import { changed, on, state } from "./store.js";
 import { get } from "./api.js";
 
 // ── Asked for once ───────────────────────────────────────────────────────────────────────────────
@@ -30,6 +30,12 @@ export function look_again(id) {
 }
 
 on("returned", () => [...details.keys()].forEach(look_again));
+
+/** Decided while no change could be told: what is known of it is asked for again. */
+on("snapshot", () => {
+  const open = new Set(state.approvals.map(({ id }) => id));
+  for (const [id, { row }] of details) if (row?.status === "pending" && !open.has(id)) look_again(id);
+});
 
 // A few at a time: a hundred at once would hold up what a person presses meanwhile.
 const AT_ONCE = 3;

@@ -1,7 +1,7 @@
 // The operator betters a proposal before deciding: one file at a time, kept as a commit of their own.
 
 import { h } from "./dom.js";
-import { act, button, choice, plain, refusal } from "./parts.js";
+import { act, button, choice, is_busy, plain, refusal } from "./parts.js";
 import { changed } from "./store.js";
 import { get, post } from "./api.js";
 
@@ -27,13 +27,13 @@ const changed_paths = ({ files, texts }) => Object.keys(texts).filter((path) => 
 async function save(id, show) {
   const edit = open_edits.get(id);
   for (const path of changed_paths(edit)) {
-    const body = { path, text: edit.texts[path], digest: edit.digest };
-    const { approval } = await post(`/api/approvals/${id}/edit`, body);
+    const text = edit.texts[path];
+    const { approval } = await post(`/api/approvals/${id}/edit`, { path, text, digest: edit.digest });
     show(approval);
     edit.digest = approval.digest;
-    edit.files[path] = edit.texts[path];
+    edit.files[path] = text;
   }
-  open_edits.delete(id);
+  if (open_edits.get(id) === edit && changed_paths(edit).length === 0) open_edits.delete(id); // else: typed meanwhile
 }
 
 export function edit_button(row) {
@@ -75,6 +75,7 @@ export function edit_form(row, show) {
       },
     }),
     row.digest !== edit.digest &&
+      !is_busy(group(row.id)) &&
       h("p", { class: "warn" }, "The request has changed since: cancel, look at it, and edit it anew."),
     h(
       "div",

@@ -32,7 +32,7 @@ export class Find {
   }
 
   begin() {
-    Object.assign(this, { at: 0, looked_to: Infinity, beyond: "" });
+    Object.assign(this, { at: 0, looked_to: Infinity, beyond: "", search: {} });
   }
 
   get words() {
@@ -53,6 +53,9 @@ export class Find {
     this.begin();
     toggle(this.key, false);
   }
+
+  /** Whether the transcript is what the page shows. */
+  is_here = () => shown === this && Boolean(document.querySelector(".transcript"));
 
   field = () => [...document.querySelectorAll("[data-draft]")].find((dom) => dom.dataset.draft === this.key);
 
@@ -85,7 +88,8 @@ export class Find {
   /** The next one towards the beginning; what is not loaded is asked for until there is one, or no more. */
   async older() {
     if (!this.words) return;
-    for (;;) {
+    const { search } = this; // another one, once it was closed or other words were typed
+    while (search === this.search) {
       const complete = this.complete();
       const next = this.hits().findLast((id) => id < (this.at || Infinity) && id >= complete);
       if (next) return this.go(next);
@@ -95,9 +99,9 @@ export class Find {
   }
 
   async look_further(before) {
-    const { words } = this;
+    const { words, search } = this;
     const { count: number, oldest, rest, more } = await this.transcript.fetch(before, PAGE, words);
-    if (words !== this.words) return;
+    if (search !== this.search) return;
     if (rest && !rest.asked) this.beyond = `What is older lies with ${this.transcript.name}, which does not run.`;
     this.looked_to = this.beyond ? rest.before : number < PAGE && !more ? 1 : oldest;
   }
@@ -105,13 +109,14 @@ export class Find {
   async go(id) {
     this.at = id;
     if (!this.transcript.has_around(id)) await this.transcript.fetch(id + AROUND / 2, AROUND);
+    if (!this.is_here()) return;
     this.transcript.reveal(id);
     requestAnimationFrame(() => requestAnimationFrame(() => this.point_out(id)));
   }
 
   point_out(id) {
     const place = document.querySelector(`.transcript [data-event~="${id}"]`);
-    if (!place) return;
+    if (!place || !this.is_here()) return;
     place.scrollIntoView({ block: "center", behavior: "instant" });
     const range = range_of(place, this.words);
     if (!range) return;

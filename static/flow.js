@@ -136,6 +136,7 @@ export const at_start = () => state.messages.length < FEW || state.messages[0].i
 export async function load_older(most) {
   const first = state.messages[0]?.id;
   const { messages } = await get(`/api/messages?max=${most}${first ? `&before=${first}` : ""}`);
+  if (state.messages[0]?.id !== first) return; // some came or went meanwhile: there would be a hole between these
   add_older("messages", messages);
   if (messages.length < most) very_first = state.messages[0]?.id;
 }
@@ -226,23 +227,38 @@ function choose_several(key, names, chosen) {
   );
 }
 
-function compose(thread) {
+const begun = new Map(); // draft → whom it is for and what it answers, as shown when it was begun: no news changes that
+
+const is_begun = (key) => Boolean(draft(key) || draft(`files:${key}`));
+
+function begun_as(key, thread, names) {
+  const known = begun.get(key);
+  if (known && (known.last || !thread) && is_begun(key)) return known;
   const last = thread && thread_of(thread).at(-1);
   const partner = last && (last.from === "operator" ? last.to : last.from);
+  const usual = [partner, filter()].find((name) => names.includes(name)) ?? names[0];
+  begun.set(key, { last, partner, usual });
+  return begun.get(key);
+}
+
+function compose(thread) {
   const key = thread ? `flow:${thread}` : "flow";
   const names = state.agents.map((agent) => agent.name);
+  const { last, partner, usual } = begun_as(key, thread, names);
   const choices = [
     ...names.map((name) => [name, `to ${name}`]),
     ...(names.length > 1 ? [["*", "to all"]] : []),
     ...(names.length > 2 ? [[SEVERAL, "to several…"]] : []),
   ];
-  const wished = draft(`${key}:to`);
-  const usual = [partner, filter()].find((name) => names.includes(name)) ?? names[0];
-  const to = choices.some(([name]) => name === wished) ? wished : usual;
+  const is_there = (wanted) => choices.some(([name]) => name === wanted);
+  if (!is_there(draft(`${key}:to`)) && !is_begun(key)) set_draft(`${key}:to`, "");
+  const to = draft(`${key}:to`) || usual;
+  const has_gone = Boolean(to) && !is_there(to); // nobody else gets what was meant for it
   const several = to === SEVERAL;
   const chosen = several ? toggled(`${key}:several`, []).filter((name) => names.includes(name)) : [to];
   const wish = (name) => set_draft(`${key}:to`, name);
-  const recipients = choice("To", to, choices, wish, { key: `${key}:${usual}`, class: "field to" });
+  const shown = has_gone ? [[to, `${NAMED[to] ?? to} (gone)`], ...choices] : choices;
+  const recipients = choice("To", to, shown, wish, { key: `${key}:${usual}`, class: "field to" });
   return composer({
     key,
     label: to === partner ? `Reply to ${to}` : "Message",
@@ -251,7 +267,7 @@ function compose(thread) {
       const reply = (name) => name === partner && { in_reply_to: last.id };
       return send_messages(key, ...chosen.map((name) => ({ to: name, body, ...reply(name) })));
     },
-    disabled: !to || chosen.length === 0,
+    disabled: !to || has_gone || chosen.length === 0 || (thread && !last),
     files: true,
     before: recipients,
     below: several && choose_several(`${key}:several`, names, chosen),

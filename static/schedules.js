@@ -61,11 +61,15 @@ const is_complete = () =>
   Boolean(draft(BODY).trim() && draft(FIRST)) && (every_s() === null || Number.isInteger(every_s()));
 
 async function create() {
+  const keys = [BODY, TO, FIRST, NUMBER, UNIT];
+  const sent = keys.map(draft);
   const again = every_s();
   const first = new Date(draft(FIRST)).toISOString();
   await post("/api/schedules", { to: recipient(), body: draft(BODY).trim(), first, ...(again && { every_s: again }) });
-  for (const key of [BODY, TO, FIRST, NUMBER, UNIT]) spend_draft(key);
-  toggle(GROUP, false);
+  if (keys.every((key, index) => draft(key) === sent[index])) {
+    for (const key of keys) spend_draft(key);
+    toggle(GROUP, false);
+  } // else the next one is being written
   await load_schedules();
 }
 

@@ -4,7 +4,7 @@ import { h } from "./dom.js";
 import { clock, plural, prose_preview, you_or } from "./text.js";
 import { button, draft, empty, field, heading, panel, refusal, set_draft } from "./parts.js";
 import { changed, state, with_older } from "./store.js";
-import { get } from "./api.js";
+import { get, in_turn } from "./api.js";
 import { request_words } from "./approval.js";
 import { load_past, past } from "./call.js";
 import { at_start, load_older, together } from "./flow.js";
@@ -14,7 +14,7 @@ const SHOWN = 100;
 const KEY = "search";
 const known = { audit: [], audit_end: false, error: null };
 
-export async function load_search() {
+export const load_search = in_turn(async () => {
   try {
     const [{ audit }] = await Promise.all([get(`/api/audit?max=${PAGE}`), load_past()]);
     const rows = with_older(audit, known.audit);
@@ -25,13 +25,15 @@ export async function load_search() {
     known.error = error;
   }
   changed();
-}
+});
 
 async function further_back() {
   if (!at_start()) await load_older(PAGE);
   if (known.audit_end) return;
-  const oldest = Math.min(...known.audit.map(({ id }) => id));
-  const { audit } = await get(`/api/audit?max=${PAGE}&before=${oldest}`);
+  const oldest = () => Math.min(...known.audit.map(({ id }) => id));
+  const before = oldest();
+  const { audit } = await get(`/api/audit?max=${PAGE}&before=${before}`);
+  if (before !== oldest()) return; // there would be a hole between these
   Object.assign(known, { audit: [...known.audit, ...audit], audit_end: audit.length < PAGE });
 }
 

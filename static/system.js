@@ -4,7 +4,7 @@ import { h } from "./dom.js";
 import { bytes, clock, dollars, plural, web_href } from "./text.js";
 import { button, empty, fact, fold, heading, panel, refusal } from "./parts.js";
 import { changed, state, with_older } from "./store.js";
-import { get, post } from "./api.js";
+import { get, in_turn, post } from "./api.js";
 import { notify_panel } from "./notify.js";
 import { files_panel, load_files } from "./files.js";
 import { load_schedules, schedules_panel } from "./schedules.js";
@@ -19,21 +19,21 @@ export function load_system() {
   load_files();
 }
 
-async function load_facts() {
+const load_facts = in_turn(async () => {
   try {
     Object.assign(known, { system: await get("/api/system"), error: null });
   } catch (error) {
     known.error = error;
   }
   changed();
-}
+});
 
 async function load_findings() {
   known.findings = (await get("/api/doctor")).findings;
   changed();
 }
 
-async function load_audit() {
+const load_audit = in_turn(async () => {
   try {
     const { audit } = await get(`/api/audit?max=${PAGE}`);
     const rows = with_older(audit, known.audit ?? []);
@@ -43,12 +43,14 @@ async function load_audit() {
     known.error = error;
   }
   changed();
-}
+});
 
 const newest_first = (rows) => [...rows].sort((a, b) => b.id - a.id);
 
 async function earlier() {
-  const { audit } = await get(`/api/audit?max=${PAGE}&before=${known.audit.at(-1).id}`);
+  const { id } = known.audit.at(-1);
+  const { audit } = await get(`/api/audit?max=${PAGE}&before=${id}`);
+  if (known.audit.at(-1).id !== id) return; // there would be a hole between these
   Object.assign(known, { audit: [...known.audit, ...newest_first(audit)], at_start: audit.length < PAGE });
 }
 

@@ -25,10 +25,13 @@ addEventListener("wheel", ({ deltaY }) => (scrolled_up = deltaY < 0), { passive:
 addEventListener("touchmove", () => (scrolled_up = true), { passive: true });
 addEventListener("keydown", ({ key }) => ["PageUp", "Home", "ArrowUp"].includes(key) && (scrolled_up = true));
 
+let made = 0;
+
 export class Transcript {
   /** `fetch_older(before, max, find)` → promise of {events, more?, rest?}: `rest` is asked of the agent itself. */
   constructor(name, fetch_older) {
     Object.assign(this, { name, fetch_older, key: `transcript:${name}`, version: 0 });
+    this.group = `${this.key}:${++made}`; // what another one of this agent waits for holds up nobody here
     this.turns = new Map(); // number → {number, events, size, version}
     this.order = null;
     this.ids = new Set();
@@ -56,9 +59,9 @@ export class Transcript {
   }
 
   add_one(event) {
+    if (event.id >= this.last_id) this.partial = ""; // also where an answer was faster than the stream
     if (this.ids.has(event.id)) return;
     this.ids.add(event.id);
-    if (event.id > this.last_id) this.partial = "";
     this.last_id = Math.max(this.last_id, event.id);
     const turn = this.turns.get(event.turn) ?? this.open_turn(event.turn);
     const in_order = turn.events.length === 0 || turn.events.at(-1).id < event.id;
@@ -180,6 +183,7 @@ export class Transcript {
     this.shown += TURNS_SHOWN;
     if (hidden <= 0 || before !== this.first_id()) await this.fetch_page(before);
     else changed();
+    if (!this.find.is_here()) return; // somebody has gone on meanwhile
     requestAnimationFrame(() =>
       requestAnimationFrame(() =>
         scrollBy({ top: document.documentElement.scrollHeight - height, behavior: "instant" }),
@@ -195,9 +199,10 @@ export class Transcript {
 
   /** Who scrolls up to the beginning is given what was before; who has not scrolled is not. */
   fetch_when_seen(dom) {
-    const look = ([{ isIntersecting }]) => {
+    const look = (seen) => {
+      const { isIntersecting } = seen.at(-1); // it may have come and gone in one go
       if (!dom.isConnected) return watch.disconnect();
-      if (isIntersecting && scrolled_up && !is_busy(this.key)) act(this.key, "Earlier…", () => this.earlier());
+      if (isIntersecting && scrolled_up && !is_busy(this.group)) act(this.group, "Earlier…", () => this.earlier());
     };
     const watch = new IntersectionObserver(look, { rootMargin: "200px" });
     watch.observe(dom);
@@ -236,8 +241,8 @@ export class Transcript {
         h(
           "div",
           { key: "earlier", class: "earlier", made: (dom) => this.fetch_when_seen(dom) },
-          button(this.key, "Earlier…", () => this.earlier(), { kind: "small" }),
-          refusal(this.key),
+          button(this.group, "Earlier…", () => this.earlier(), { kind: "small" }),
+          refusal(this.group),
         ),
       turns.length === 0 && h("p", { class: "empty" }, "Nothing happened here yet."),
       turns.map((turn, index) => [

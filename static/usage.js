@@ -4,12 +4,12 @@ import { h } from "./dom.js";
 import { count, dollars, duration, thousands } from "./text.js";
 import { empty, fold, heading, panel, plain, toggle, toggled } from "./parts.js";
 import { changed, on, state } from "./store.js";
-import { get } from "./api.js";
+import { get, in_turn } from "./api.js";
 
 const DAYS = 14;
 const known = { rows: null, today: "", error: null, asked_at: 0 };
 
-export async function load_usage() {
+export const load_usage = in_turn(async () => {
   known.asked_at = Date.now();
   try {
     const { usage, today } = await get(`/api/usage?days=${DAYS}`);
@@ -18,7 +18,7 @@ export async function load_usage() {
     known.error = error;
   }
   changed();
-}
+});
 
 const AGAIN_MS = 5000;
 let timer = 0;

@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request,
 CHROMIUM = shutil.which("chromium")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 
-expect.set_options(timeout=15_000)
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,15 @@ class Tab:
         assert left == [], left
 
     def go(self, view: str) -> None:
-        self.page.evaluate("view => { location.hash = `#/${view}`; }", view)
+        """Returns when the page has entered it: what the view before shows is not taken for it."""
+        self.page.evaluate(
+            """view => new Promise((resolve) => {
+              if (location.hash === `#/${view}`) return resolve();
+              addEventListener("hashchange", () => requestAnimationFrame(() => resolve()), { once: true });
+              location.hash = `#/${view}`;
+            })""",
+            view,
+        )
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # On a busy machine an example takes as long as it takes, and none is kept for another run.
-hypothesis.settings.register_profile("hive", deadline=None, database=None)
+hypothesis.settings.register_profile("hive", deadline=None, database=None, derandomize=os.environ.get("CI") == "true")
 hypothesis.settings.load_profile("hive")
 
 
@@ -87,7 +87,7 @@ def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     places = [place, *([request.getfixturevalue("tmp_path")] if "tmp_path" in request.fixturenames else [])]
     threads, children = set(threading.enumerate()), set(psutil.Process().children())
     yield place
-    deadline = time.monotonic() + 1  # what was told to end may need a moment
+    deadline = time.monotonic() + 3  # what was told to end may need a moment
     while (left := left_behind(place, places, threads, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
     for end_it in left.values():

@@ -44,6 +44,11 @@ def wait_for(look: Callable[[], Any], what: str, *, timeout_s: float = 30) -> An
     return seen
 
 
+def holds_port(connection: Any) -> bool:
+    """One that waits out its time does not: all that listens here reuses addresses."""
+    return bool(connection.status != psutil.CONN_TIME_WAIT)
+
+
 def free_ports(count: int = 1) -> int:
     """The first of `count` neighbouring ports that nothing uses.
 
@@ -53,7 +58,7 @@ def free_ports(count: int = 1) -> int:
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     share = 20_000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     while True:
-        used = {connection.laddr.port for connection in psutil.net_connections("tcp")}
+        used = {connection.laddr.port for connection in psutil.net_connections("tcp") if holds_port(connection)}
         first = random.randrange(12_000 + worker * share, 12_000 + (worker + 1) * share - count)
         if used.isdisjoint(range(first, first + count)):
             return first

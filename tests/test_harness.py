@@ -58,12 +58,16 @@ def test_cost_is_the_difference_of_the_total_and_begins_anew_with_a_process(harn
     assert [usage["cost_usd"] for usage in harness.host.usages.values()] == [0.5, 0.5, 0.125]
 
 
+GO = "until test -e go; do sleep 0.1; done"
+
+
 def test_mail_that_arrives_in_a_turn_is_read_in_that_turn(harness: Harness) -> None:
     host = harness.host
-    first = host.put(rehearse({"tool": "Bash", "input": {"command": "until test -e go; do sleep 0.1; done"}}))
+    first = host.put(rehearse({"tool": "Bash", "input": {"command": GO}}))
     host.wait_event("tool_call")
     second = host.put("also this", "bob")
     host.wait_event("mail")
+    time.sleep(0.5)  # it has been written to Claude, and is read
     (harness.state / "go").touch()
     host.wait_acked(first, second)
     host.wait_event("turn_end")
@@ -88,10 +92,12 @@ def test_what_waits_is_one_batch(harness: Harness) -> None:
 
 def test_a_host_that_restarts_in_a_turn_gives_the_mail_again_and_it_is_known(harness: Harness) -> None:
     host = harness.host
-    message = host.put(rehearse({"tool": "Bash", "input": {"command": "sleep 2"}}, {"text": "still here"}))
+    message = host.put(rehearse({"tool": "Bash", "input": {"command": GO}}, {"text": "still here"}))
     host.wait_event("tool_call")
     host.stop()
     host.start()
+    host.wait(lambda: host.mail[message]["state"] == "leased", "the mail to be given again")
+    (harness.state / "go").touch()
     host.wait_acked(message)
     host.wait_event("turn_end")
     assert host.mail[message]["message"]["redelivered"]
@@ -143,7 +149,7 @@ def test_text_is_shown_while_it_is_written(harness: Harness) -> None:
     harness.stop()
     harness.env["HYPERHIVE_REHEARSAL_SPEED"] = "0.5"
     harness.start()
-    harness.turn({"text": "one two three " + "and so on " * 20})
+    harness.host.put(rehearse({"text": "one two three " + "and so on " * 600}))
     partials = harness.host.partials
     harness.host.wait(lambda: any(partial.startswith("one two") for partial in partials), "a part of the text")
 
@@ -159,7 +165,7 @@ def test_events_are_cut_and_lines_stay_below_the_limit(harness: Harness) -> None
 
 
 def test_one_process_serves_many_turns_and_is_resumed_after_it_was_idle(folder: Path) -> None:
-    with Harness(folder, warm_s=4) as harness:
+    with Harness(folder, warm_s=8) as harness:
         harness.turn({"text": "one"})
         first = harness.claude_pid()
         harness.turn({"text": "two"})
@@ -181,8 +187,8 @@ def test_claude_killed_in_a_turn_is_resumed_and_leaves_nothing_running(harness: 
     os.kill(harness.claude_pid(), signal.SIGKILL)
     host.wait_acked(message)
     assert host.wait_event("turn_end", outcome="failed")["class"] == "died"
+    host.wait(lambda: any("resumed" in note["text"] for note in host.of("note")), "word of the resumed session")
     assert any("left running" in note["text"] for note in host.of("note"))
-    assert any("resumed" in note["text"] for note in host.of("note"))
     assert not processes_of(harness.folder, "sleep")
 
 
@@ -385,7 +391,7 @@ WAYS_TO_FAIL: dict[Failure, dict[str, object]] = {
 @pytest.mark.parametrize("failure", REMEDIES)
 def test_each_failure_has_the_remedy_of_the_table(folder: Path, failure: Failure) -> None:
     remedy = REMEDIES[failure]
-    harness = Harness(folder, stall_s=1 if failure is Failure.STALLED else 60)
+    harness = Harness(folder, stall_s=3 if failure is Failure.STALLED else 60)
     host = harness.host
     if failure is Failure.CANNOT_START:
         harness.env["HYPERHIVE_CLAUDE"] = str(folder / "no-such-command")
@@ -438,6 +444,7 @@ def test_a_conversation_that_fails_twice_alike_is_begun_anew(harness: Harness) -
     harness.turn({"text": "warm"})
     message = host.put(rehearse({"fail": "other"}))
     host.wait(lambda: host.mail[message]["state"] == "dead", "it to be declared dead")
+    host.wait_event("turn_end", 5, outcome="failed")
     begun = [event["text"].split()[1] for event in host.of("note") if event["text"].startswith("Session ")]
     assert len(set(begun)) == 3  # the first, and one after each second failure
     assert {end["class"] for end in host.of("turn_end", outcome="failed")} == {"other"}
@@ -487,10 +494,10 @@ def test_mail_that_was_noted_but_not_echoed_stands_in_the_conversation_once(fold
 
 def test_a_limit_is_waited_for_or_left_to_the_operator(folder: Path) -> None:
     with Harness(folder, wait_for_limit=False) as harness:
-        harness.host.put(rehearse({"fail": "rate_limit", "resets_in_s": 1}))
+        harness.host.put(rehearse({"fail": "rate_limit", "resets_in_s": 4}))
         state = harness.host.wait_state("rate_limited")
         assert "until" not in state and "resume it" in state["reason"]
-        time.sleep(2.5)
+        time.sleep(5.5)
         assert len(harness.host.of("turn_end")) == 1
         harness.host.control("resume")
         harness.host.wait_event("turn_end", 2)
@@ -656,7 +663,8 @@ def test_sigterm_in_a_turn_gives_the_mail_back_and_leaves_no_process(harness: Ha
     wait_for(lambda: processes_of(harness.folder, "sleep"), "the tool")
     assert harness.stop() == 0
     entry = harness.host.mail[message]
-    assert entry["state"] == "queued" and entry["blamed"] == 0
+    harness.host.wait(lambda: entry["state"] == "queued", "it to be given back")
+    assert entry["blamed"] == 0
     assert not processes_of(harness.folder)
 
 
@@ -967,7 +975,7 @@ def test_alice_works_asks_and_reports(harness: Harness) -> None:
 
 def test_what_claude_left_in_the_background_ends_with_it(harness: Harness) -> None:
     harness.turn({"tool": "Bash", "input": {"command": "sleep 300 > /dev/null 2>&1 & echo left"}})
-    (sleeping,) = processes_of(harness.folder, "sleep")
+    (sleeping,) = wait_for(lambda: processes_of(harness.folder, "sleep"), "what is left")
     harness.stop()
     assert not is_alive(sleeping)
 
@@ -978,6 +986,7 @@ def test_a_harness_that_was_killed_finds_its_claude_again(harness: Harness) -> N
     once = f"test -e {mark} || {{ touch {mark}; sleep 300; }}"
     message = host.put(rehearse({"tool": "Bash", "input": {"command": once}}, {"text": "second time"}))
     wait_for(mark.exists, "the tool")
+    host.wait_event("tool_call")
     claude = harness.claude_pid()
     harness.end(signal.SIGKILL)
     harness.start()

@@ -309,7 +309,7 @@ def test_under_fuzz_the_daemon_keeps_to_the_document(folder: Path) -> None:
         command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(settings), "run"]
         command += [str(ROOT / "static/openapi.json"), "--url", hive.url, "--exclude-path", "/api/stream"]
         command += ["--header", f"Authorization: Bearer {hive.token}", "--warnings", "off", "--no-color"]
-        command += ["--max-examples", "5", "--seed", str(SEED)]
+        command += ["--max-examples", "5", "--seed", str(SEED), "--request-timeout", "60"]
         ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert ran.returncode == 0, f"{ran.stdout[-20_000:]}{ran.stderr[-2000:]}"
         assert "No issues found" in ran.stdout

@@ -56,7 +56,7 @@ def test_text_is_shown_while_it_is_written(team: Hive, tab: Tab) -> None:
     expect(writing.locator(".cursor")).to_be_visible()
     expect(writing).not_to_contain_text("word199")
     turn = tab.page.locator("section.turn").last
-    expect(turn.locator(".prose").last).to_contain_text("word199")
+    expect(turn.locator(".prose").last).to_contain_text("word199", timeout=60_000)
     expect(writing).to_have_count(0)
     expect(turn.locator(".turn-line")).not_to_contain_text("running")
     assert turn.locator(".step").filter(has_text="word199").count() == 2  # the mail that asked for it, and the text

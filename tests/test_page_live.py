@@ -114,7 +114,7 @@ def test_what_was_asked_of_a_request_before_it_was_decided_is_asked_again(crew: 
 
 
 def test_a_schedule_that_was_written_goes_from_the_list(crew: Hive, tab: Tab) -> None:
-    first = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 4))
+    first = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 10))
     body = {"to": "alice", "body": "Now, once.", "first": first}
     assert crew.api("POST", "/api/schedules", body).status == 200
     tab.go("system")
@@ -171,7 +171,7 @@ def test_what_failed_while_the_hive_was_away_is_asked_for_again(hive: Hive, open
 def test_back_leads_to_where_one_was(crew: Hive, open_tab: Callable[..., Tab]) -> None:
     tab = open_tab(f"{crew.url}/#token={crew.token}", viewport={"width": 1380, "height": 200})
     tab.go("agents")
-    expect(tab.page.get_by_role("heading", name="Agents").first).to_be_visible()
+    expect(tab.page.get_by_role("main").get_by_role("heading", name="Agents")).to_be_visible()
     tab.page.evaluate("scrollTo(0, 90)")
     expect(tab.page.get_by_role("main").get_by_role("link", name="bob")).to_be_visible()
     tab.page.get_by_role("main").get_by_role("link", name="bob").evaluate("link => link.click()")

@@ -112,8 +112,7 @@ def test_a_sign_in_with_every_way_to_fail_first(hive: Hive, opened: Callable[[Hi
     begin(tab, REHEARSED)
     panel(tab).get_by_role("button", name="Cancel").click()
     expect(panel(tab)).to_contain_text("Cancelled.")
-    wait_for(lambda: row_of(hive, "alice")["state"] == "needs_login", "the end of it")
-    assert worries(hive) == ["needs_login-alice"]
+    wait_for(lambda: worries(hive) == ["needs_login-alice"], "the end of it")
     begin(tab, REHEARSED)
     give(tab, "right#state")
     expect(panel(tab)).to_have_count(0)
@@ -142,7 +141,7 @@ def test_a_sign_in_that_nobody_finishes_ends_by_itself(
 def test_the_real_claude_as_far_as_it_goes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[[Hive], Tab]
 ) -> None:
-    monkeypatch.setenv("HYPERHIVE_LOGIN_S", "20")
+    monkeypatch.setenv("HYPERHIVE_LOGIN_S", "40")
     api = Api().start()
     settings = {**SIGNED_OUT, "ANTHROPIC_BASE_URL": api.url}
     (folder / "environment").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
@@ -159,12 +158,12 @@ def test_the_real_claude_as_far_as_it_goes(
             give(tab, "half-of-a-code")
             expect(panel(tab)).to_contain_text("not the whole code")
             give(tab, "made-up#state")
-            expect(panel(tab)).to_contain_text(re.compile("^Login failed"))
+            expect(panel(tab)).to_contain_text(re.compile("^Login failed"), timeout=60_000)
             begin(tab, "https://claude")
             panel(tab).get_by_role("button", name="Cancel").click()
             expect(panel(tab)).to_contain_text("Cancelled.")
             begin(tab, "https://claude")
-            expect(panel(tab)).to_contain_text("Nobody finished the sign-in in time.", timeout=40_000)
+            expect(panel(tab)).to_contain_text("Nobody finished the sign-in in time.", timeout=80_000)
             wait_for(lambda: row_of(hive, "alice")["state"] == "needs_login", "the end of it")
             assert not api.requests
     finally:
@@ -175,13 +174,13 @@ def test_the_end_of_a_sign_in_is_shown_before_it_comes(hive: Hive, open_tab: Cal
     tab = open_tab(f"{hive.url}/#token={hive.token}")
     tab.expected = ["ERR_"]
     file = hive.state / "agents/alice/claude/.credentials.json"
-    soon = time.time() + 3 * 86_400 + 20  # in a moment three days are left, though then nothing happens here
+    soon = time.time() + 3 * 86_400 + 40  # in a moment three days are left, though then nothing happens here
     file.write_text(json.dumps({"claudeAiOauth": {"accessToken": "made-up", "expiresAt": int(soon * 1000)}}))
     hive.cli("send", "alice", rehearse({"text": "one"}))
     wait_for(lambda: "signed_in_until" in row_of(hive, "alice"), "the time")
     assert not worries(hive)
     notice = card(tab, "alice's sign-in ends soon")
-    expect(notice).to_contain_text("sign in again before that", timeout=60_000)
+    expect(notice).to_contain_text("sign in again before that", timeout=90_000)
     begin(tab, REHEARSED)
     give(tab, "right#state")
     expect(notice).to_have_count(0)

@@ -31,7 +31,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_failure_is_told_in_a_sentence(folder: Path, open_tab: Callable[..., Tab]) -> None:
     agents = {f"agent-{number}": failure for number, failure in enumerate(STEPS)}
-    with Hive(folder, stall_s=15) as hive:
+    with Hive(folder, stall_s=30) as hive:
         hive.spawn(*agents, running=True)
         for name, failure in agents.items():
             hive.ask(cmd="send", to=name, body=rehearse(STEPS[failure]))
@@ -39,7 +39,7 @@ def test_each_failure_is_told_in_a_sentence(folder: Path, open_tab: Callable[...
         for name, failure in agents.items():
             tab.go(f"agents/{name}")
             expect(tab.page.locator(".agent-heading")).to_contain_text(name)
-            expect(tab.page.get_by_role("main")).to_contain_text(REMEDIES[failure].reason, timeout=60_000)
+            expect(tab.page.get_by_role("main")).to_contain_text(REMEDIES[failure].reason, timeout=120_000)
         tab.expected = ["ERR_"]  # the hive of this test goes before its page
 
 
@@ -81,8 +81,9 @@ def test_what_the_service_answers_is_told_on_both_pages(
                 if failure is Failure.MODEL:
                     assert hive.api("POST", "/api/agents/alice/model", {"model": "another-1"}).status == 200
                 elif REMEDIES[failure].wait is Wait.OPERATOR:
+                    wait_for(lambda: row_of(hive, "alice")["state"] in ("needs_login", "failed"), "the host to know")
                     tabs[1].page.get_by_role("button", name="Resume").first.click()
-                wait_for(lambda number=number: state_of(hive, number) == "acked", "the mail to be read")
+                wait_for(lambda number=number: state_of(hive, number) == "acked", "it to be read", timeout_s=90)
             for tab in tabs:
                 tab.expected = ["ERR_"]
     finally:

@@ -103,7 +103,7 @@ class Ear(threading.Thread):
                     return
                 if key.fileobj is self.listener:
                     self.connect()
-                else:
+                elif key.fileobj.fileno() >= 0:  # type: ignore[union-attr]  # not closed just now, with its other end
                     self.pass_on(key.fileobj, *key.data)  # type: ignore[arg-type]
 
     def connect(self) -> None:
@@ -114,7 +114,9 @@ class Ear(threading.Thread):
         self.selector.register(far, selectors.EVENT_READ, (near, self.answers))
 
     def pass_on(self, source: socket.socket, target: socket.socket, heard: list[dict[str, Any]]) -> None:
-        data = source.recv(1 << 20)
+        data = b""
+        with suppress(ConnectionResetError):
+            data = source.recv(1 << 20)
         if not data:
             for end in (source, target):
                 self.selector.unregister(end)

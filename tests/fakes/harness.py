@@ -55,7 +55,7 @@ class Harness:
         return self
 
     def stop(self) -> int:
-        """SIGTERM; its exit status, which must come within ten seconds."""
+        """SIGTERM; its exit status, which must come within twenty seconds."""
         return self.end(signal.SIGTERM)
 
     def end(self, how: signal.Signals) -> int:
@@ -63,7 +63,7 @@ class Harness:
         process, self.process = self.process, None
         process.send_signal(how)
         try:
-            return process.wait(10)
+            return process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -167,6 +167,7 @@ class Host:
 
     def do_ack(self, connection: Connection, request: Json) -> Json | None:
         if self.lose_acks:
+            self.leaving = True  # it is the host that goes: nobody is to blame
             connection.close()
             return None
         mine = [self.mail[one] for one in request["ids"] if self.mail[one]["connection"] is connection]
