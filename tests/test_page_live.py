@@ -272,3 +272,70 @@ def test_what_needs_a_running_agent_waits_for_one(tab: Tab) -> None:
     tab.go("agents/bob")
     for name in ("Compact", "New session"):
         expect(tab.page.get_by_role("button", name=name)).to_be_disabled()
+
+
+def test_what_is_typed_on_when_its_field_has_gone_decides_nothing(crew: Hive, tab: Tab) -> None:
+    with crew.agent("manager") as manager, crew.agent("alice") as alice:
+        asked = alice.ask("ask", question="Shall I stop?")["id"]
+        number = manager.ask("request_spawn", name="frida", description="She writes.")["id"]
+        card(tab, "a new agent, frida").locator(".diff").wait_for()
+        field = card(tab, "Shall I stop?").get_by_role("textbox")
+        field.press_sequentially("No, I ")
+        assert crew.api("POST", f"/api/questions/{asked}/cancel", {}).status == 200
+        expect(field).to_have_count(0)
+        tab.page.keyboard.type("added a dead end and", delay=100)  # of each second letter a card would take one
+        assert crew.api("GET", f"/api/approvals/{number}").body["approval"]["status"] == "pending"
+        assert crew.api("POST", f"/api/approvals/{number}/deny", {}).status == 200
+
+
+def test_a_reply_goes_to_whom_it_was_begun_for(crew: Hive, tab: Tab) -> None:
+    with crew.agent("alice") as alice, crew.agent("bob") as bob:
+        first = alice.ask("send", to="operator", body="May I go on?")["id"]
+        question = alice.ask("send", to="bob", body="Is it done?", in_reply_to=first)["id"]
+        assert any(row["id"] == question for row in bob.ask("inbox", max=100)["messages"])
+        tab.go(f"flow/thread/{first}")
+        to = tab.page.get_by_label("To", exact=True)
+        expect(to).to_have_value("alice")
+        tab.page.get_by_label("Reply to alice").fill("Yes, do it")
+        assert bob.ask("send", to="alice", body="It is.", in_reply_to=question)["ok"]
+        expect(tab.page.get_by_role("main")).to_contain_text("It is.")
+        expect(to).to_have_value("alice")
+        tab.page.get_by_role("button", name="Send").click()
+        expect(tab.page.get_by_label("Reply to alice")).to_have_value("")
+    (sent,) = (row for row in crew.api("GET", "/api/messages").body["messages"] if row["body"] == "Yes, do it")
+    assert sent["to"] == "alice"
+
+
+def test_a_namesake_has_a_transcript_of_its_own(hive: Hive, open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab(f"{hive.url}/#token={hive.token}")
+    tab.expected = ["ERR_"]
+    main = tab.page.get_by_role("main")
+    for words in ("the first", "the second"):
+        hive.spawn("carol")
+        with hive.agent("carol") as carol:
+            carol.ask("hello", harness_version="0", last_event=0)
+            event = {"at": "2026-01-01T00:00:00Z", "turn": 1, "kind": "text", "data": {"text": f"This is {words}."}}
+            assert carol.ask("report", events=[{"id": 1, **event}])["ok"]
+        tab.go("agents/carol")
+        expect(main).to_contain_text(f"This is {words}.")
+        tab.go("agents")
+        hive.ask(cmd="destroy", name="carol", purge=True)
+        expect(main.get_by_role("link", name="carol")).to_have_count(0)
+    assert "the first" not in main.inner_text()
+
+
+def test_an_answer_to_the_token_before_shuts_nobody_out(hive: Hive, open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab(f"{hive.url}/#token={hive.token}")
+    tab.expected = ["ERR_", "401"]
+    expect(tab.page.get_by_role("heading", name=re.compile("for you"))).to_be_visible()
+    held: list[Route] = []
+    tab.page.route(re.compile("/api/audit"), lambda route: held.append(route), times=1)
+    tab.go("system")
+    wait_beside(tab, lambda: held, "the audit to be asked for")
+    assert hive.cli("token", "--rotate").returncode == 0
+    tab.page.evaluate("token => { location.hash = `#token=${token}`; }", hive.token)
+    expect(tab.page.get_by_role("heading", name=re.compile("for you"))).to_be_visible()
+    with tab.page.expect_response(re.compile("/api/audit")):
+        held[0].continue_()
+    tab.go("agents")
+    expect(tab.page.get_by_role("heading", name="Agents").first).to_be_visible()
