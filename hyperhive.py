@@ -4550,6 +4550,7 @@ class Deploys:
             return
         for step in (
             lambda: self._compare_again(name, sha),  # before anybody hears of the deploy and looks at what is older
+            self._agents.look,
             lambda: self._store.write(lambda tx: self._succeed(tx, row, sha)),
             lambda: self._compare_again(name, sha, late=True),
             self._agents.look,

@@ -34,7 +34,7 @@ REHEARSAL = f"'{sys.executable}' '{ROOT / 'harness.py'}' rehearsal"
 AGENT_PORTS = 900  # an agent's port is agent_port_base plus a number below this, taken from its name
 
 
-def wait_for(look: Callable[[], Any], what: str, *, timeout_s: float = 30) -> Any:
+def wait_for(look: Callable[[], Any], what: str, *, timeout_s: float = 60) -> Any:
     """The first true answer of `look`, which is asked twenty times a second."""
     deadline = time.monotonic() + timeout_s
     while not (seen := look()):

@@ -276,7 +276,7 @@ class Box:
         return self._run(argv).returncode == 0
 
     def _run(self, argv: tuple[str, ...], stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.entering(*argv), input=stdin, capture_output=True, text=True, timeout=60)
+        return subprocess.run(self.entering(*argv), input=stdin, capture_output=True, text=True, timeout=180)
 
     def entering(self, *argv: str) -> list[str]:
         """The command, so that it runs in the box."""
@@ -284,7 +284,7 @@ class Box:
         enter += ["PATH=/run/current-system/sw/bin:/usr/sbin:/usr/bin", "HOME=/root", "LC_ALL=C.UTF-8", "TERM=xterm"]
         return [*enter, *argv]
 
-    def wait_for(self, look: Any, what: str, *, timeout_s: float = 20) -> Any:
+    def wait_for(self, look: Any, what: str, *, timeout_s: float = 60) -> Any:
         """As `hive.wait_for`, and what the box has to say when it is in vain."""
         try:
             return wait_for(look, what, timeout_s=timeout_s)
@@ -385,7 +385,8 @@ class Terminal:
         self.hang_up()
         processes = [psutil.Process(self.command.pid)] if self.command.poll() is None else []
         for process in processes:
-            processes += process.children(recursive=True)
+            with suppress(psutil.NoSuchProcess):
+                processes += process.children(recursive=True)
         end(processes)
         self.command.wait()
 

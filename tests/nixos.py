@@ -152,7 +152,7 @@ class NixosHive(Hive):
         git("bundle", "create", "--quiet", str(folder / "new"), "main")
         return git("rev-parse", "main").strip(), base64.b64encode((folder / "new").read_bytes()).decode()
 
-    def deployed(self, deploy: int, *, timeout_s: float = 60) -> dict[str, Any]:
+    def deployed(self, deploy: int, *, timeout_s: float = 150) -> dict[str, Any]:
         def over() -> Any:
             row = self.ask(cmd="deploys", id=deploy)["deploys"][0]
             return row if row["phase"] in ("deployed", "failed") else None

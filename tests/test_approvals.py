@@ -10,10 +10,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hive import ROOT, Hive, Line, processes_of, wait_for
 
@@ -820,9 +821,11 @@ def test_a_deploy_that_fails_changes_nothing(team: Hive, source: Source, monkeyp
 
 @pytest.fixture
 def slow_git(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """While this file is there, the hive's git waits."""
+    """While this file is there, the hive's git waits; with `-last` to its name, only that which moves a branch."""
     barrier, program = folder / "barrier", folder / "git"
-    program.write_text(f'#!/bin/sh\nwhile [ -e {barrier} ]; do sleep 0.05; done\nexec {shutil.which("git")} "$@"\n')
+    holds = f'case "$*" in *"update-ref --stdin"*) [ -e {barrier}-last ];; *) false;; esac'
+    wait = f"while [ -e {barrier} ] || {holds}; do sleep 0.05; done"
+    program.write_text(f'#!/bin/sh\n{wait}\nexec {shutil.which("git")} "$@"\n')
     program.chmod(0o755)
     monkeypatch.setenv("HYPERHIVE_GIT", str(program))
     return barrier
@@ -839,21 +842,26 @@ def phase_on_disk(hive: Hive, approval: int) -> str:
 def test_kill_9_in_any_phase_and_the_deploy_is_done_once(
     folder: Path, source: Source, slow_git: Path, phase: str, kind: str
 ) -> None:
-    with Hive(folder, undo_s=2) as hive:
+    last = slow_git.with_name("barrier-last")
+    with Hive(folder, undo_s=60) as hive:
         hive.spawn("manager", "alice")
         if kind == "spawn":
             approval, name = ask_spawn(hive, config=CONFIG), "carol"
         else:
             approval, name = proposed(hive, source, {"agent.nix": CONFIG.encode()})[0], "alice"
-        if phase == "building":
-            slow_git.touch()
+        for held, barrier in (("building", slow_git), ("switching", last)):
+            if phase == held:
+                barrier.touch()
         answer = hive.api("POST", f"/api/approvals/{approval}/approve", {"undo": phase == "queued"})
         assert answer.status == 200
-        while phase_on_disk(hive, approval) != phase:
-            time.sleep(0.001)
+        wait_for(lambda: phase_on_disk(hive, approval) == phase, phase)
         hive.kill()
         assert phase_on_disk(hive, approval) == phase
-        slow_git.unlink(missing_ok=True)  # what the dead daemon's git still does must not matter
+        for barrier in (slow_git, last):
+            barrier.unlink(missing_ok=True)  # what the dead daemon's git still does must not matter
+        if phase == "queued":  # the time for an undo is over
+            with closing(sqlite3.connect(hive.state / "hive.sqlite")) as db, db:
+                db.execute("UPDATE deploys SET not_before = 1 WHERE approval = ?", (approval,))
         hive.start()
         wait_for(lambda: is_over(hive, approval), "the deploy", timeout_s=60)
         assert (show(hive, approval)["status"], show(hive, approval)["phase"]) == ("approved", "deployed")
@@ -871,6 +879,9 @@ def test_kill_9_in_any_phase_and_the_deploy_is_done_once(
 
 def harnesses(hive: Hive, name: str) -> list[int]:
     """A child of one is still its copy for a moment, before it becomes another program."""
-    found = processes_of(hive.run / "agents" / name)
-    alike = [process for process in found if process.cmdline()[1:] == [str(ROOT / "harness.py"), "run"]]
-    return [process.pid for process in alike if process.ppid() not in {other.pid for other in alike}]
+    parents = {}
+    for process in processes_of(hive.run / "agents" / name):
+        with suppress(psutil.NoSuchProcess):
+            if process.cmdline()[1:] == [str(ROOT / "harness.py"), "run"]:
+                parents[process.pid] = process.ppid()
+    return [pid for pid, parent in parents.items() if parent not in parents]

@@ -65,6 +65,9 @@ def shell(command: str) -> dict[str, Any]:
     return {"tools": [{"name": "Bash", "input": {"command": command, "description": "A command"}}]}
 
 
+GO = "until test -e go; do sleep 0.1; done"
+
+
 def test_a_turn_with_a_tool_of_ours(harness: Harness, api: Api) -> None:
     host = harness.host
     send = {"name": "mcp__hive__send", "input": {"to": "bob", "body": "hello from claude"}}
@@ -106,10 +109,11 @@ def test_two_turns_in_one_process_then_killed_and_resumed(harness: Harness, api:
 
 def test_mail_sent_while_a_tool_runs_is_read_in_that_turn(harness: Harness, api: Api) -> None:
     host = harness.host
-    first = host.put(script(shell("until test -e go; do sleep 0.1; done; sleep 1"), {"text": "Both read."}))
+    first = host.put(script(shell(GO), {"text": "Both read."}))
     host.wait_event("tool_call")
     second = host.put("by the way", "bob")
     host.wait_event("mail")
+    wait_for(lambda: "> by the way" in transcript_of(harness), "Claude to have it")
     (harness.state / "go").touch()
     host.wait_acked(first, second)
     host.wait_text("Both read.")
@@ -119,12 +123,13 @@ def test_mail_sent_while_a_tool_runs_is_read_in_that_turn(harness: Harness, api:
 
 def test_mail_sent_while_the_last_text_is_written_is_read_in_a_turn_of_its_own(harness: Harness, api: Api) -> None:
     host = harness.host
-    api.manner = "slow"
+    api.manner = "held"
     messages = [host.put(script({"text": "The last word."}))]
     host.wait(lambda: host.partials, "its beginning")
     for number in range(3):
         messages.append(host.put(f"afterthought {number}", "bob"))
         host.wait_event("mail", number + 1)
+    wait_for(lambda: all(f"> afterthought {n}" in transcript_of(harness) for n in range(3)), "Claude to have them")
     api.work()
     host.wait_acked(*messages)
     host.wait_event("turn_end", 2, outcome="done")
@@ -200,10 +205,11 @@ def end_of_turn(host: Host, message: int) -> dict[str, Any] | None:
     return next((one["data"] for one in events if one["kind"] == "turn_end" and one["turn"] == turn), None)
 
 
-def recovered(harness: Harness, message: int, *, blamed: int = 0) -> None:
+def recovered(harness: Harness, message: int, *, blamed: int | None = 0) -> None:
+    """Wait until it was read; `blamed` is how often by then, None where that is by chance."""
     harness.host.wait_acked(message)
     harness.host.wait_state("idle")
-    assert harness.host.mail[message]["blamed"] == blamed
+    assert blamed in (None, harness.host.mail[message]["blamed"])
 
 
 NO_CREDIT = "Your credit balance is too low to access the Anthropic API."
@@ -221,7 +227,7 @@ ANSWERS: dict[str, tuple[Failure, tuple[int, str, str]]] = {
 
 def test_what_the_service_answers(folder: Path, api: Api) -> None:
     harness = Harness(folder, claude=str(CLAUDE))
-    harness.env["HYPERHIVE_BACKOFF_S"] = "2"
+    harness.env["HYPERHIVE_BACKOFF_S"] = "600"
     with harness:
         host = harness.host
         for name, (failure, answer) in ANSWERS.items():
@@ -231,9 +237,9 @@ def test_what_the_service_answers(folder: Path, api: Api) -> None:
             api.work()
             if failure is Failure.MODEL:
                 host.control("set_model", model="another-1")
-            elif REMEDIES[failure].wait is Wait.OPERATOR:
+            else:
                 host.control("resume")
-            recovered(harness, message, blamed=REMEDIES[failure].blame)  # the others go on by themselves
+            recovered(harness, message, blamed=REMEDIES[failure].blame)
             assert api.said().count(f"hello from case {name}") == 1  # it was given twice
         assert sum("(process" in note["text"] for note in host.of("note")) == 1, "one process, through all of it"
 
@@ -269,11 +275,12 @@ def test_a_service_that_refuses_connections_is_out_of_reach(harness: Harness, ap
 def test_a_turn_in_which_nothing_happens_is_ended(folder: Path, api: Api) -> None:
     (folder / "environment").write_text(f"ANTHROPIC_API_KEY=dummy\nANTHROPIC_BASE_URL={api.url}\n")
     with Harness(folder, claude=str(CLAUDE), stall_s=3) as harness:
+        harness.host.wait_acked(harness.host.put("warm"))
         api.manner = "hang"
         message = harness.host.put("anybody there?")
         failed_as(harness, Failure.STALLED, message)
         api.work()
-        recovered(harness, message, blamed=harness.host.mail[message]["blamed"])
+        recovered(harness, message, blamed=None)
 
 
 def test_a_claude_that_dies(harness: Harness) -> None:
@@ -308,7 +315,7 @@ def test_a_claude_that_prints_what_is_not_its_protocol(folder: Path) -> None:
         message = harness.host.put("hello")
         assert "Welcome." in failed_as(harness, Failure.GARBAGE, message)["reason"]
         (folder / "quiet").touch()
-        recovered(harness, message, blamed=harness.host.mail[message]["blamed"])
+        recovered(harness, message, blamed=None)
 
 
 def test_a_claude_that_is_not_there_yet(folder: Path) -> None:
@@ -370,6 +377,7 @@ def test_a_subscription_limit_is_waited_for_until_it_resets(
 ) -> None:
     host = harness.host
     subscription(9000)
+    host.wait_acked(host.put("warm"))
     resets = int(time.time()) + 8
     unified = {"status": "rejected", "reset": str(resets), "representative_claim": "five_hour"}
     headers = {f"anthropic_ratelimit_unified_{name}": value for name, value in unified.items()}
@@ -390,7 +398,7 @@ def test_a_conversation_that_is_too_long_gives_way_to_a_new_one(harness: Harness
     message = host.put("two")
     failed_as(harness, Failure.TOO_LONG, message)
     api.work()
-    recovered(harness, message, blamed=host.mail[message]["blamed"])
+    recovered(harness, message, blamed=None)
     assert f"Your notes are in {harness.state}/notes.md" in api.said() and "> one" not in api.said()
 
 
@@ -480,9 +488,11 @@ def test_a_claude_that_was_ending_when_the_mail_came_is_replaced_at_once(harness
 
 def test_a_task_in_the_background_keeps_the_process_and_starts_a_turn(folder: Path, api: Api) -> None:
     with Harness(folder, claude=str(CLAUDE), warm_s=4) as harness:
-        background = {"command": "sleep 2; echo finished", "run_in_background": True}
+        background = {"command": f"{GO}; echo finished", "run_in_background": True}
         steps = ({"tools": [{"name": "Bash", "input": background}]}, {"text": "It runs."}, {"text": "It has ended."})
         harness.host.wait_acked(harness.host.put(script(*steps)))
+        harness.host.wait_event("turn_end")
+        (harness.state / "go").touch()
         harness.host.wait_text("It has ended.")
         assert [start["messages"] == [] for start in harness.host.of("turn_start")] == [False, True]
         pid = harness.claude_pid()
@@ -500,7 +510,7 @@ def test_a_paused_agent_starts_no_turn_when_its_task_ends(harness: Harness, api:
     background = {"command": "sleep 300; echo finished", "run_in_background": True}
     steps = ({"tools": [{"name": "Bash", "input": background}]}, {"text": "It runs."}, {"text": "It has ended."})
     harness.host.wait_acked(harness.host.put(script(*steps)))
-    assert processes_of(harness.folder, "sleep")
+    wait_for(lambda: processes_of(harness.folder, "sleep"), "the task")
     harness.host.control("pause")
     harness.host.wait_state("paused")
     assert not processes_of(harness.folder, "sleep")
@@ -571,9 +581,10 @@ class Terminal:
     def _read(self) -> None:
         while True:
             try:
-                self.written += os.read(self.file, 65536)
+                read = os.read(self.file, 65536)
             except OSError:  # its other end is closed
                 return
+            self.written += read
 
     def shows(self, text: str) -> None:
         wait_for(lambda: text in self.words(), f"{text!r} on the terminal")

@@ -547,8 +547,8 @@ def test_roll_back_and_new_inputs(hive: NixosHive) -> None:
     assert deploy["phase"] == "deployed" and any("Updated input 'nixpkgs'" in line for line in deploy["log"]), deploy[
         "log"
     ]
-    wait_for(lambda: lock_of(hive, "alice") != first, "the new inputs of alice")
     wait_for(lambda: all(row["phase"] == "deployed" for row in hive.ask(cmd="deploys")["deploys"]), "all deploys")
+    assert lock_of(hive, "alice") != first
     assert hive.deploy("alice", "rollback")["phase"] == "deployed"
     assert lock_of(hive, "alice") == first and which.read_text() == "one\n"
 
@@ -665,7 +665,7 @@ def test_a_build_ends_with_the_daemon_and_begins_again_with_it(hive: NixosHive) 
     wait_for(lambda: hive.ask(cmd="deploys", id=deploy)["deploys"][0]["phase"] == "building", "the build")
     time.sleep(1)
     hive.stop()
-    assert [process.name() for process in processes_of(hive.state) if "nix" in process.name()] == []
+    wait_for(lambda: not processes_of(hive.state, "nix"), "the end of the build")
     flag.touch()
     hive.start()
     assert hive.deployed(deploy)["phase"] == "deployed"

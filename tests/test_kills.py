@@ -55,7 +55,7 @@ class Trial:
         return all(states[one] == "acked" for one in self.sent)
 
     def turns(self) -> int:
-        with closing(sqlite3.connect(self.state / "hyperhive-events.sqlite")) as db:
+        with closing(sqlite3.connect(f"file:{self.state / 'hyperhive-events.sqlite'}?mode=ro", uri=True)) as db:
             return int(db.execute("SELECT count(DISTINCT turn) FROM events WHERE kind = 'turn_start'").fetchone()[0])
 
     def session(self) -> str:
@@ -101,7 +101,7 @@ def survive(trial: Trial, order: Callable[[int], str], turns: int) -> str:
     print(f"{trial.turns()} turns, {len(trial.sent)} messages, {dict(struck)}")
     assert trial.session() == session
     trial.hive.stop()
-    assert not processes_of(trial.hive.folder)
+    wait_for(lambda: not processes_of(trial.hive.folder), "the end of all of it")
     return session
 
 

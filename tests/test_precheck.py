@@ -304,7 +304,7 @@ def test_it_ends_with_the_daemon_and_begins_again_with_it(folder: Path) -> None:
         asked = hive.propose("alice", SLOW)
         wait_for(builders, "the build")
         hive.stop()
-        assert builders() == []
+        wait_for(lambda: not builders(), "the end of the build")
         hive.start()
         wait_for(builders, "the next build")
         hive.kill()

@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +186,19 @@ def real_hive(folder: Path) -> Iterator[tuple[Hive, Api]]:
 
 def claude_of(hive: Hive, name: str) -> psutil.Process:
     """The agent's Claude, and its session."""
-    found = [process for process in processes_of(hive.folder) if process.environ().get("HYPERHIVE_NAME") == name]
-    (claude,) = (process for process in found if session_of(process))
-    return claude
+
+    def look() -> psutil.Process | None:
+        parents = {}
+        for process in processes_of(hive.folder):
+            with suppress(psutil.NoSuchProcess):
+                if process.environ().get("HYPERHIVE_NAME") == name and session_of(process):
+                    parents[process] = process.ppid()
+        # A child of one is still its copy for a moment, before it becomes another program.
+        alone = [process for process, parent in parents.items() if parent not in {other.pid for other in parents}]
+        return alone[0] if len(alone) == 1 else None
+
+    found: psutil.Process = wait_for(look, "its Claude")
+    return found
 
 
 def session_of(process: psutil.Process) -> str:

@@ -105,7 +105,7 @@ class Host:
             self.controls.append({"do": do, **more})
             self._news.notify_all()
 
-    def wait(self, condition: Callable[[], Any], what: str, timeout_s: float = 20) -> Any:
+    def wait(self, condition: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
         with self._news:
             if not self._news.wait_for(condition, timeout_s):
                 raise AssertionError(f"waited {timeout_s} s for {what}; calls: {self.calls[-5:]}; {self.kinds()[-30:]}")

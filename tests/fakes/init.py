@@ -27,7 +27,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, halt)
     tell_ready()
     while True:
-        pid, _ = os.wait()
+        pid, _ = os.waitpid(-1, os.WNOHANG)  # a signal that comes just before a wait would not end it
+        if pid == 0:
+            time.sleep(0.05)
         if pid == service.pid:
             if halting:
                 return 0

@@ -31,6 +31,7 @@ class Api(http.server.ThreadingHTTPServer):
     """Serves on loopback until `stop`; the same object steers it and remembers the requests."""
 
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
@@ -123,6 +124,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for event in events(message):
             self.wfile.write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode())
             self.wfile.flush()
+            while self.server.manner == "held" and event["type"] == "content_block_delta":
+                time.sleep(0.05)
             if self.server.manner == "slow":
                 time.sleep(0.3)
             elif self.server.manner == "cut" and event["type"] == "content_block_delta":
