@@ -53,7 +53,7 @@ function note_drawn({ id, digest }) {
 }
 
 const REST_MS = 800;
-const is_drawn = (row) => drawn.get(row.id)?.digest === detail(row.id, row.digest).row?.digest;
+const is_drawn = (row) => drawn.has(row.id) && drawn.get(row.id).digest === detail(row.id, row.digest).row?.digest;
 const has_rested = (row) => Date.now() > drawn.get(row.id).since + REST_MS;
 
 /** Approval names what was shown: had it changed, the hive would refuse. */

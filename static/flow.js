@@ -233,7 +233,7 @@ const is_begun = (key) => Boolean(draft(key) || draft(`files:${key}`));
 
 function begun_as(key, thread, names) {
   const known = begun.get(key);
-  if (known && (known.last || !thread) && is_begun(key)) return known;
+  if (known?.usual && (known.last || !thread) && is_begun(key)) return known;
   const last = thread && thread_of(thread).at(-1);
   const partner = last && (last.from === "operator" ? last.to : last.from);
   const usual = [partner, filter()].find((name) => names.includes(name)) ?? names[0];
@@ -251,7 +251,8 @@ function compose(thread) {
     ...(names.length > 2 ? [[SEVERAL, "to several…"]] : []),
   ];
   const is_there = (wanted) => choices.some(([name]) => name === wanted);
-  if (!is_there(draft(`${key}:to`)) && !is_begun(key)) set_draft(`${key}:to`, "");
+  const wished = draft(`${key}:to`);
+  if (wished && !is_there(wished) && !is_begun(key)) set_draft(`${key}:to`, "");
   const to = draft(`${key}:to`) || usual;
   const has_gone = Boolean(to) && !is_there(to); // nobody else gets what was meant for it
   const several = to === SEVERAL;
