@@ -44,6 +44,7 @@ async function decide(row, verdict, more = {}) {
   spend_draft(note_key(row), note);
 }
 
+export const REST_MS = 800; // how long keys rest when what they act on is another by itself
 const drawn = new Map(); // request → {digest of the change that the page shows, since: when it took the place of another}
 
 function note_drawn({ id, digest }) {
@@ -52,7 +53,6 @@ function note_drawn({ id, digest }) {
   if (row && !stale && known?.digest !== row.digest) drawn.set(id, { digest: row.digest, since: known ? Date.now() : 0 });
 }
 
-const REST_MS = 800;
 const is_drawn = (row) => drawn.has(row.id) && drawn.get(row.id).digest === detail(row.id, row.digest).row?.digest;
 const has_rested = (row) => Date.now() > drawn.get(row.id).since + REST_MS;
 

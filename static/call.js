@@ -5,7 +5,7 @@ import { ago, clock, plural, prose } from "./text.js";
 import { button, empty, heading, panel, refusal } from "./parts.js";
 import { agent_named, changed, is_new, is_running_phase, on, state } from "./store.js";
 import { get, in_turn, post } from "./api.js";
-import { approval_card, approve_all, kind_words, press, request_words } from "./approval.js";
+import { approval_card, approve_all, kind_words, press, request_words, REST_MS } from "./approval.js";
 import { signin } from "./agent.js";
 import { is_parked, lever } from "./agents.js";
 import { open_question, press_option, question_card } from "./question.js";
@@ -40,7 +40,6 @@ export function waiting() {
 // that was meant for the first request must not decide the next, nor a stray one what has only just come. Whoever
 // goes on typing meanwhile, perhaps in a field that has gone, is not heard before they pause.
 
-const REST_MS = 800;
 let marked = "";
 let rest_until = 0;
 
