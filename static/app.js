@@ -2,7 +2,7 @@
 
 import { h, render } from "./dom.js";
 import { dollars, plural } from "./text.js";
-import { button, heading, logo, panel, refusal, REHEARSAL, toggled } from "./parts.js";
+import { button, empty, heading, logo, panel, plain, refusal, REHEARSAL, toggled } from "./parts.js";
 import { begin, post, Stream, take_token_from_address } from "./api.js";
 import { changed, connected, draw_with, is_running_phase, on, state, take } from "./store.js";
 import { banner, connecting, draw_following, follow_from_now, live_dot, token_view } from "./shell.js";
@@ -10,18 +10,15 @@ import { approval_card, press } from "./approval.js";
 import { detail } from "./detail.js";
 import { call_keys, call_view, load_past, past_view, rest_keys, show_card, waiting } from "./call.js";
 import { agents_brief, agents_view, load_kept } from "./agents.js";
-import { agent_view, agent_view_side, show_agent } from "./agent.js";
 import { help_dialog, help_keys } from "./help.js";
 import { tell_news } from "./notify.js";
-import { load_search, search_view } from "./search.js";
-import { flow_brief, flow_view, load_thread, mark_read, unread_count } from "./flow.js";
+import { flow_brief, unread_count } from "./mail.js";
 import { deploys_view } from "./deploys.js";
-import { load_usage, usage_view } from "./usage.js";
-import { load_system, system_view } from "./system.js";
 
 // ── Routes ───────────────────────────────────────────────────────────────────────────────────────
 // view(...): the main column · side(...): the other · tab: which one is lit · follows: the view grows at its end
 // enter(...): once, when one comes · load(...): then, with each snapshot, and when the connection is back
+// drawn(...): after each drawing · stream(...): the address of the stream that it needs
 
 const usual_side = () => [agents_brief(), flow_brief()];
 
@@ -38,25 +35,34 @@ const ROUTES = [
   {
     path: /^\/agents\/([a-z][a-z0-9-]*)$/,
     tab: "agents",
-    view: agent_view,
-    side: agent_view_side,
-    load: show_agent,
+    view: later("agent_view", coming),
+    side: later("agent_view_side"),
+    load: later("show_agent"),
+    stream: (name) => `/api/stream?agent=${name}`,
     follows: true,
     wide: true,
   },
-  { path: /^\/flow$/, tab: "flow", view: () => flow_view(null), side: agents_brief, follows: true },
+  {
+    path: /^\/flow$/,
+    tab: "flow",
+    view: later("flow_view", coming),
+    side: agents_brief,
+    drawn: later("mark_read"),
+    follows: true,
+  },
   {
     path: /^\/flow\/thread\/(\d+)$/,
     tab: "flow",
-    view: (id) => flow_view(Number(id)),
+    view: later("flow_view", coming),
     side: agents_brief,
-    load: load_thread,
+    load: later("load_thread"),
+    drawn: later("mark_read"),
     follows: true,
   },
   { path: /^\/deploys$/, tab: "deploys", view: deploys_view },
-  { path: /^\/usage$/, tab: "usage", view: usage_view, load: load_usage },
-  { path: /^\/system$/, tab: "system", view: system_view, load: load_system },
-  { path: /^\/search$/, tab: "search", view: search_view, load: load_search },
+  { path: /^\/usage$/, tab: "usage", view: later("usage_view", coming), load: later("load_usage") },
+  { path: /^\/system$/, tab: "system", view: later("system_view", coming), load: later("load_system") },
+  { path: /^\/search$/, tab: "search", view: later("search_view", coming), load: later("load_search") },
   { path: /^\/more$/, tab: "more", view: more_view },
 ];
 
@@ -67,6 +73,36 @@ function where() {
     if (match) return { route, parts: match.slice(1), path };
   }
   return { route: ROUTES[0], parts: [], path: "/call" };
+}
+
+// ── Views that come later ────────────────────────────────────────────────────────────────────────
+// What waits for a person is on the screen before the rest of the page has come. They come all together then: no
+// view has to wait when somebody goes there, and all of the page is of one version.
+
+let views = null;
+let asked = false;
+let missing = false;
+
+function later(name, meanwhile) {
+  return (...parts) => (views ? views[name] : meanwhile)?.(...parts);
+}
+
+async function load_views() {
+  if (asked) return;
+  asked = true;
+  views = await import("./views.js").catch(() => null);
+  missing = !views;
+  if (state.ready) load(place);
+  changed();
+}
+
+function coming() {
+  if (!missing) return panel(null, empty("Loading…"));
+  return panel(
+    { class: "pad" },
+    h("p", { class: "refusal", role: "alert" }, "This part of the page could not be loaded."),
+    h("div", { class: "buttons" }, plain("Load the page again", () => location.reload())),
+  );
 }
 
 // The address may be another already, and its view not entered yet.
@@ -176,6 +212,7 @@ function more_view() {
 // ── Drawing ──────────────────────────────────────────────────────────────────────────────────────
 
 const TYPING = "input, textarea, select, [contenteditable]";
+const PATIENCE_MS = 300; // a page that comes as fast as usual does not say first that it connects
 let refused = null;
 
 function draw() {
@@ -186,6 +223,7 @@ function draw() {
       token_view(refused, "The command `url` of hyperhive, on the machine of the hive, prints the link with it.", start),
     );
   }
+  if (!state.ready && performance.now() < PATIENCE_MS) return;
   const { route, parts } = place;
   const rows = waiting();
   const count = rows.length;
@@ -195,7 +233,8 @@ function draw() {
   if (typed_in && !typed_in.isConnected) rest_keys(); // what they type on is meant for nobody else
   restore_place();
   tell_news(rows);
-  if (route.tab === "flow") mark_read(Number(parts[0] ?? 0));
+  route.drawn?.(...parts);
+  if (state.ready) load_views();
 }
 
 function page({ route, parts, path }) {
@@ -242,8 +281,7 @@ function restore_place() {
 
 let stream = null;
 
-const stream_path = ({ route, parts }) =>
-  route.load === show_agent ? `/api/stream?agent=${parts[0]}` : "/api/stream";
+const stream_path = ({ route, parts }) => route.stream?.(...parts) ?? "/api/stream";
 
 function go() {
   if (take_token_from_address()) return start();
@@ -253,6 +291,7 @@ function go() {
   if (refused !== null) return;
   stream?.move(stream_path(place));
   place.route.enter?.(...place.parts);
+  if (place.route.tab !== "call") load_views();
   if (state.ready) load(place);
   changed();
 }
@@ -292,4 +331,5 @@ addEventListener("hashchange", () => {
 });
 addEventListener("keydown", on_key);
 document.addEventListener("visibilitychange", changed);
+setTimeout(changed, PATIENCE_MS);
 start();

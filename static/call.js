@@ -6,7 +6,7 @@ import { button, empty, heading, panel, refusal } from "./parts.js";
 import { agent_named, changed, is_new, is_running_phase, on, state } from "./store.js";
 import { get, in_turn, post } from "./api.js";
 import { approval_card, approve_all, kind_words, press, request_words, REST_MS } from "./approval.js";
-import { signin } from "./agent.js";
+import { signin } from "./signin.js";
 import { is_parked, lever } from "./agents.js";
 import { open_question, press_option, question_card } from "./question.js";
 import { is_first_run, is_first_step, welcome_card } from "./welcome.js";

@@ -1,7 +1,7 @@
 // Flow: messages between agents as they happen, oldest first, with a composer at the end.
 
 import { h, memo } from "./dom.js";
-import { clock, prose, prose_preview, you_or } from "./text.js";
+import { prose, you_or } from "./text.js";
 import {
   button,
   choice,
@@ -19,66 +19,8 @@ import {
 import { add_older, by_name, changed, is_new, state } from "./store.js";
 import { get, post, send_messages } from "./api.js";
 import { composer } from "./composer.js";
+import { copies_of, is_unread, route, together } from "./mail.js";
 import { talk_graph } from "./graph.js";
-
-/** What Your call shows as a notice stays there until it is seen there. */
-function is_unread(message) {
-  return (
-    message.to === "operator" &&
-    message.state !== "acked" &&
-    !state.attention.some((row) => row.key === `message-${message.id}`)
-  );
-}
-
-export const unread_count = () =>
-  state.messages.filter((message) => message.from !== "system" && is_unread(message)).length;
-
-// ── The side column ──────────────────────────────────────────────────────────────────────────────
-
-const BRIEF = 6;
-
-export function flow_brief() {
-  const latest = together(state.messages).slice(-BRIEF);
-  return [
-    heading("Flow", latest.length > 0 && h("a", { href: "#/flow" }, "all and write")),
-    panel(
-      { class: "brief" },
-      latest.length
-        ? latest.map((message) =>
-            h(
-              "div",
-              { class: `row ${is_new("message", message.id) ? "new" : ""}`, key: message.id },
-              route(message),
-              h("p", { class: "clamp" }, prose_preview(message.body, 200)),
-            ),
-          )
-        : empty("No message yet."),
-    ),
-  ];
-}
-
-/** A message to everyone is stored as a copy each; it is shown once, where the first copy stands. */
-export function together(messages) {
-  const found = new Map();
-  for (const message of messages) {
-    const { id, from, at, body, broadcast } = message;
-    const key = broadcast ? `${from} ${at} ${body}` : id;
-    if (found.has(key)) found.get(key).push(message);
-    else found.set(key, [message]);
-  }
-  return [...found.values()].map((copies) => (copies.length === 1 ? copies[0] : { ...copies[0], to: "all", copies }));
-}
-
-const copies_of = (message) => message.copies ?? [message];
-
-function route(message) {
-  return h(
-    "div",
-    { class: "row-top" },
-    h("span", null, you_or(message.from), " → ", you_or(message.to)),
-    h("span", null, clock(message.at)),
-  );
-}
 
 // ── Filter and thread ────────────────────────────────────────────────────────────────────────────
 
@@ -153,8 +95,8 @@ async function earlier() {
 let marking = false;
 
 /** What this view shows to a person who looks counts as read. */
-export async function mark_read(thread) {
-  const shown = shown_messages(thread).flatMap(copies_of);
+export async function mark_read(id) {
+  const shown = shown_messages(Number(id ?? 0)).flatMap(copies_of);
   const ids = shown.filter(is_unread).map((message) => message.id);
   if (!ids.length || marking || document.hidden) return;
   marking = true;
@@ -304,7 +246,9 @@ function thread_error(thread) {
   return h("p", { class: "refusal pad", role: "alert" }, error.message);
 }
 
-export function flow_view(thread) {
+/** `id`: of a message whose thread it is to be. */
+export function flow_view(id) {
+  const thread = Number(id ?? 0);
   const messages = shown_messages(thread);
   const error = thread_error(thread);
   return [

@@ -7,7 +7,8 @@ import { changed, state, with_older } from "./store.js";
 import { get, in_turn } from "./api.js";
 import { request_words } from "./approval.js";
 import { load_past, past } from "./call.js";
-import { at_start, load_older, together } from "./flow.js";
+import { at_start, load_older } from "./flow.js";
+import { together } from "./mail.js";
 
 const PAGE = 1000;
 const SHOWN = 100;

@@ -6,7 +6,7 @@ import { agent_named, is_running_phase, state } from "./store.js";
 import { post, send_messages } from "./api.js";
 import { composer } from "./composer.js";
 import { deploy_card } from "./deploys.js";
-import { signin } from "./agent.js";
+import { signin } from "./signin.js";
 import { why_words } from "./agents.js";
 
 const manager = () => agent_named("manager");

@@ -203,14 +203,20 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def tab(browser: Browser, url: str) -> Iterator[Page]:
-    """A visitor who comes for the first time but has the token: nothing is in the cache."""
+    """A visitor who comes for the first time but has the token: nothing is in the cache.
+
+    A new window starts pages of Chromium's own, which take the processors from ours for some 0.3 s. People open
+    pages in windows that are there, so this one has come to rest before anything is opened in it.
+    """
     origin, _, token = url.partition("/#token=")
     stored = {"origin": origin, "localStorage": [{"name": "hyperhive-token", "value": token}]}
     context = browser.new_context(
         viewport={"width": 1380, "height": 900},
         storage_state={"cookies": [], "origins": [stored]},  # type: ignore[typeddict-item]
     )
-    yield context.new_page()
+    page = context.new_page()
+    page.wait_for_timeout(1000)
+    yield page
     context.close()
 
 

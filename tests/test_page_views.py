@@ -13,10 +13,10 @@ from pathlib import Path
 
 import browserbox
 import pytest
-from browserbox import Tab
+from browserbox import Tab, wait_beside
 from fakes.receiver import Receiver
 from hive import ROOT, Hive, wait_for
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 browser, open_tab = browserbox.browser, browserbox.open_tab  # fixtures
 
@@ -74,15 +74,55 @@ def tab(team: Hive, open_tab: Callable[..., Tab]) -> Tab:
     return open_tab(f"{team.url}/#token={team.token}")
 
 
-@pytest.mark.parametrize(("page", "first"), [("index.html", "app.js"), ("agent.html", "agentpage.js")])
-def test_a_page_names_all_its_modules_at_once(page: str, first: str) -> None:
-    """So the browser asks for them together, and not for one after it has read the other."""
+def modules_of(first: str) -> set[str]:
+    """That module of the pages and all that it needs before it can run."""
     needed, left = set[str](), [first]
     while left:
         needed.add(name := left.pop())
-        left += set(re.findall(r'from "\./(\w+\.js)"', (ROOT / "static" / name).read_text())) - needed
-    named = re.findall(r'"modulepreload" href="/static/(\w+\.js)"', (ROOT / "static" / page).read_text())
-    assert named == sorted(needed - {first})
+        left += set(re.findall(r'(?:from|^import) "\./(\w+\.js)"', source(name), re.MULTILINE)) - needed
+    return needed
+
+
+def source(name: str) -> str:
+    return (ROOT / "static" / name).read_text()
+
+
+@pytest.mark.parametrize(("page", "first"), [("index.html", "app.js"), ("agent.html", "agentpage.js")])
+def test_a_page_names_all_its_modules_at_once(page: str, first: str) -> None:
+    """So the browser asks for them together, and not for one after it has read the other."""
+    named = re.findall(r'"modulepreload" href="/static/(\w+\.js)"', source(page))
+    assert named == sorted(modules_of(first) - {first})
+
+
+def test_the_later_views_name_all_their_modules_at_once() -> None:
+    named = set(re.findall(r'"\./(\w+\.js)"', source("views.js")))
+    assert named == modules_of("views.js") - modules_of("app.js") - {"views.js"}
+
+
+def test_your_call_does_not_wait_for_the_other_views(tab: Tab) -> None:
+    held = list[Route]()
+    tab.page.route("**/static/views.js", lambda route: held.append(route))
+    tab.page.reload()
+    expect(tab.page.get_by_role("button", name="Approve request 1")).to_be_visible()
+    wait_beside(tab, lambda: held, "the other views to be asked for")
+    tab.go("usage")
+    expect(tab.page.get_by_text("Loading…")).to_be_visible()
+    held.pop().continue_()
+    expect(tab.page.locator(".chart").first).to_be_visible()
+
+
+def test_views_that_can_not_be_loaded_say_so(tab: Tab) -> None:
+    tab.expected = ["ERR_FAILED"]
+    tab.page.route("**/static/graph.js", lambda route: route.abort())
+    tab.page.reload()
+    tab.go("flow")
+    expect(tab.page.get_by_role("alert")).to_have_text("This part of the page could not be loaded.")
+    tab.go("call")
+    expect(tab.page.get_by_role("button", name="Approve request 1")).to_be_visible()
+    tab.go("flow")
+    tab.page.unroute("**/static/graph.js")
+    tab.page.get_by_role("button", name="Load the page again").click()
+    expect(tab.page.locator("article.message").first).to_be_visible()
 
 
 def test_who_talks_to_whom_is_drawn(tab: Tab) -> None:
