@@ -39,6 +39,7 @@ import datetime
 import enum
 import errno
 import functools
+import hashlib
 import hmac
 import http.server
 import itertools
@@ -3073,7 +3074,7 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
 
     def _get(self, path: str) -> None:
         if (file := self._page.files.get(path)) is not None:
-            self._answer(file.read_bytes(), STATIC_TYPES[file.suffix], 200, {"Cache-Control": "no-cache"})
+            self._answer_file(file.read_bytes(), STATIC_TYPES[file.suffix])
             return
         if path == "/healthz":
             self._answer_json({"ok": True})
@@ -3118,6 +3119,15 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
         if int(length) > PAGE_BODY:
             raise HarnessError("too_long", f"The body is longer than {PAGE_BODY} bytes.")
         return parse_json(self.rfile.read(int(length)), "the body")
+
+    def _answer_file(self, content: bytes, kind: str) -> None:
+        """Browsers keep it and ask whether it is still the same."""
+        tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+        headers = {"Cache-Control": "no-cache", "ETag": tag}
+        if tag in self.headers.get("If-None-Match", ""):
+            self._begin(304, headers)
+        else:
+            self._answer(content, kind, 200, headers)
 
     def _answer_json(self, value: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self._answer(encode(value), "application/json", status, {"Cache-Control": "no-store", **(headers or {})})

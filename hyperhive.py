@@ -7517,12 +7517,19 @@ class Routes:
     # -- GET
 
     def static(self, file: str) -> bytes:
+        """Browsers keep it and ask whether it is still the same: a phone fetches the page once."""
         path = self._files.get(file)
         if path is None:
             raise Refused("not_found", "there is nothing at this address")
+        content = path.read_bytes()
+        tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
         self._response.content_type = CONTENT_TYPES[path.suffix]
         self._response.set_header("Cache-Control", "no-cache")
-        return path.read_bytes()
+        self._response.set_header("ETag", tag)
+        if tag not in header_of(self._request, "If-None-Match"):
+            return content
+        self._response.status = 304
+        return b""
 
     def state(self) -> Json:
         seq = self._s.hub.seq  # before reading: a change that falls in between is replayed, not lost

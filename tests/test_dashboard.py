@@ -430,6 +430,17 @@ def test_the_page_and_its_files_are_open_and_hold_no_data(crew: Hive) -> None:
     assert crew.token not in page.body
 
 
+def test_a_file_that_a_browser_has_does_not_come_again(crew: Hive) -> None:
+    for path in ("/", "/static/app.js"):
+        tag = crew.api("GET", path, token=None).headers["ETag"]
+        for known in (tag, f'"another", W/{tag}'):
+            same = crew.api("GET", path, token=None, headers={"If-None-Match": known})
+            assert (same.status, same.body, same.headers["ETag"]) == (304, "", tag) and has_headers(same)
+            assert same.headers["Cache-Control"] == "no-cache"
+        for known in (tag.strip('"')[:8], '"another"', ""):
+            assert crew.api("GET", path, token=None, headers={"If-None-Match": known}).status == 200
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -840,6 +840,9 @@ def test_static_files_need_no_token(page: Harness) -> None:
     assert status == 200 and headers.get_content_type() == "text/html" and "<" in body
     assert page.http("HEAD", "/", token=None)[2] == ""
     assert page.http("GET", "/static/agent.html", token=None)[2] == body
+    status, same, body = page.http("GET", "/", token=None, If_None_Match=headers["ETag"])
+    assert (status, body, same["ETag"]) == (304, "", headers["ETag"]) and same["X-Content-Type-Options"] == "nosniff"
+    assert page.http("GET", "/", token=None, If_None_Match='"another"')[0] == 200
 
 
 def test_wrong_tokens_are_counted_and_the_right_one_still_opens(page: Harness) -> None:
