@@ -57,12 +57,14 @@ export function path_to(steps, id) {
   return [];
 }
 
+// Each agent counts its events from 1: what is open in one transcript (`of`) is not in another.
+const fold_key = (of, { id }) => `${of}:step:${id}`;
+
 /** Unfolds the last step of a path, and the sub-agents that it lies in. */
-export function unfold(path) {
-  for (const { id } of path.slice(0, -1)) toggle(`tool:${id}:steps`, true);
-  const { id, call, words } = path.at(-1);
-  if (call) toggle(`tool:${id}`, true);
-  if (words?.kind === "thinking") toggle(`thinking:${id}`, true);
+export function unfold(path, of) {
+  for (const step of path.slice(0, -1)) toggle(`${fold_key(of, step)}:steps`, true);
+  const last = path.at(-1);
+  if (last.call || last.words?.kind === "thinking") toggle(fold_key(of, last), true);
 }
 
 const worth_a_line = (event) => event.kind !== "state" || !["idle", "working"].includes(event.data.state);
@@ -76,14 +78,15 @@ export function step_row(who, body, props) {
   );
 }
 
-export function draw_step(step) {
+export function draw_step(step, of) {
   const { id, call, result, words, line, mail } = step;
   const parts = [call ?? words ?? line ?? mail, result, step.weight, toggles_made];
   return memo(id, parts, () => {
     if (mail) return mail_row(step);
     const props = { "data-event": result ? `${call.id} ${result.id}` : id };
-    if (call) return step_row("", tool_box(step, draw_step), props);
-    if (words?.kind === "thinking") return thinking_row(step, props);
+    const key = fold_key(of, step);
+    if (call) return step_row("", tool_box(key, step, (child) => draw_step(child, of)), props);
+    if (words?.kind === "thinking") return thinking_row(key, words, props);
     if (words) return step_row("", prose(words.data.text), props);
     return step_row("", h("p", { class: "dim" }, line_words(line)), props);
   });
@@ -105,8 +108,7 @@ function mail_row({ event, mail }) {
   );
 }
 
-function thinking_row({ id, words }, props) {
-  const key = `thinking:${id}`;
+function thinking_row(key, words, props) {
   const text = words.data.text.trim();
   const lines = text.split("\n").length;
   const open = toggled(key);

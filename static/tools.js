@@ -34,10 +34,9 @@ function telling(name, input) {
 
 const title = (name) => (name.startsWith(OURS) ? name.slice(OURS.length) : name);
 
-/** `step` is {call, result?, children}; `draw_child` draws a step of a sub-agent. */
-export function tool_box(step, draw_child) {
+/** `step` is {call, result?, children}; `key` names its folds; `draw_child` draws a step of a sub-agent. */
+export function tool_box(key, step, draw_child) {
   const { name, input = {} } = step.call.data;
-  const key = `tool:${step.call.id}`;
   const edits = edits_of(name, input);
   const open = toggled(key);
   return h(

@@ -221,7 +221,7 @@ export class Transcript {
     const steps = steps_of(turn.events);
     const path = path_to(steps, id);
     if (!path.length) return;
-    unfold(path);
+    unfold(path, this.key);
     const place = steps.indexOf(path[0]);
     if (place < hidden_steps(key, steps)) toggle(`${key}:from`, steps[Math.max(0, place - STEPS_BEFORE)].event);
   }
@@ -269,7 +269,7 @@ export class Transcript {
     const partial = is_last ? this.partial : "";
     const hole = (from, to) => this.draw_hole(from, to);
     return memo(`turn:${turn.number}`, [turn.version, open, partial, is_last, open && toggles_made], () =>
-      draw_turn(key, turn, { open, partial, hole }),
+      draw_turn(key, turn, { of: this.key, open, partial, hole }),
     );
   }
 }
@@ -280,11 +280,11 @@ const CARET = h("span", { key: "caret", class: "cursor", "aria-hidden": "true" }
 
 // ── A turn ───────────────────────────────────────────────────────────────────────────────────────
 
-function draw_turn(key, turn, { open, partial, hole }) {
+function draw_turn(key, turn, { of, open, partial, hole }) {
   const start = turn.events.find((event) => event.kind === "turn_start");
   const end = turn.events.find((event) => event.kind === "turn_end");
   const steps = steps_of(turn.events);
-  const draw = (step) => (step.hole ? hole(...step.hole) : draw_step(step));
+  const draw = (step) => (step.hole ? hole(...step.hole) : draw_step(step, of));
   if (!start && !end && !steps.some((step) => step.call || step.words))
     return h("section", { class: "turn between" }, steps.map(draw));
   const hidden = hidden_steps(key, steps);

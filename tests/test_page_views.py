@@ -125,6 +125,21 @@ def test_views_that_can_not_be_loaded_say_so(tab: Tab) -> None:
     expect(tab.page.locator("article.message").first).to_be_visible()
 
 
+def test_what_is_open_in_one_transcript_is_not_in_another(team: Hive, tab: Tab) -> None:
+    thought = {"id": 9, "at": "2026-01-01T00:00:00Z", "turn": 2, "kind": "thinking", "data": {"text": "One,\ntwo."}}
+    names = ("bob", "carol")
+    for name in names:
+        with team.agent(name) as agent:
+            assert agent.ask("report", events=[thought])["ok"]
+    folded = tab.page.get_by_role("button", name="2 lines, unfold")
+    for name in names:
+        tab.go(f"agents/{name}")
+        folded.click()
+        expect(tab.page.get_by_text("two.")).to_be_visible()
+    tab.go("agents/bob")
+    expect(tab.page.get_by_text("two.")).to_be_visible()  # as it was left
+
+
 def test_who_talks_to_whom_is_drawn(tab: Tab) -> None:
     tab.go("flow")
     tab.page.get_by_role("button", name="Who talks to whom").click()
