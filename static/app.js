@@ -96,6 +96,11 @@ async function load_views() {
   changed();
 }
 
+/** The next drawing asks for them again. */
+on("returned", () => {
+  if (missing) asked = missing = false;
+});
+
 function coming() {
   if (!missing) return panel(null, empty("Loading…"));
   return panel(

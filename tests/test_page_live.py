@@ -152,6 +152,8 @@ def test_what_failed_while_the_hive_was_away_is_asked_for_again(hive: Hive, open
     hive.spawn("alice")
     tab = open_tab(f"{hive.url}/#token={hive.token}")
     tab.expected = ["ERR_", "Failed to load"]
+    tab.go("usage")
+    expect(tab.page.get_by_text("No turn has been counted yet.")).to_be_visible()  # so all of the page is here
     tab.go("agents")
     tab.page.get_by_role("button", name="Manage alice").click()
     hive.stop()
@@ -166,6 +168,22 @@ def test_what_failed_while_the_hive_was_away_is_asked_for_again(hive: Hive, open
     for view in ("system", "usage", "approvals", "agents"):
         tab.go(view)
         expect(tab.page.get_by_role("alert")).to_have_count(0)
+
+
+def test_a_part_of_the_page_that_is_missing_comes_when_the_hive_is_back(
+    hive: Hive, open_tab: Callable[..., Tab]
+) -> None:
+    tab = open_tab(f"{hive.url}/#token={hive.token}")
+    tab.expected = ["ERR_"]
+    tab.page.route("**/static/views.js", lambda route: route.abort())
+    tab.page.reload()
+    tab.go("usage")
+    expect(tab.page.get_by_role("alert")).to_have_text("This part of the page could not be loaded.")
+    hive.stop()
+    expect(tab.page.get_by_text("Disconnected since")).to_be_visible()
+    tab.page.unroute("**/static/views.js")
+    hive.start()
+    expect(tab.page.get_by_text("No turn has been counted yet.")).to_be_visible()
 
 
 def test_back_leads_to_where_one_was(crew: Hive, open_tab: Callable[..., Tab]) -> None:
