@@ -336,5 +336,5 @@ addEventListener("hashchange", () => {
 });
 addEventListener("keydown", on_key);
 document.addEventListener("visibilitychange", changed);
-setTimeout(changed, PATIENCE_MS);
+setTimeout(() => state.ready || changed(), PATIENCE_MS);
 start();

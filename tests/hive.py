@@ -82,6 +82,19 @@ def processes_of(folder: Path, program: str = "") -> list[psutil.Process]:
     return [process for process in others if mentions(process, folder) and (not program or runs(process, program))]
 
 
+def originals(folder: Path, is_one: Callable[[psutil.Process], Any]) -> list[psutil.Process]:
+    """Those of `processes_of(folder)` that `is_one` names.
+
+    A child of one is still its copy for a moment, before it becomes another program: it does not count.
+    """
+    parents = {}
+    for process in processes_of(folder):
+        with suppress(psutil.NoSuchProcess):
+            if is_one(process):
+                parents[process.pid] = process, process.ppid()
+    return [process for process, parent in parents.values() if parent not in parents]
+
+
 def runs(process: psutil.Process, program: str) -> bool:
     try:
         return process.name() == program

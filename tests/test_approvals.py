@@ -10,13 +10,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from hive import ROOT, Hive, Line, processes_of, wait_for
+from hive import ROOT, Hive, Line, originals, wait_for
 
 CONFIG = "{ pkgs, ... }:\n{\n  environment.systemPackages = [ pkgs.hello ];\n}\n"
 MIB = 1024 * 1024
@@ -877,11 +877,6 @@ def test_kill_9_in_any_phase_and_the_deploy_is_done_once(
         assert [audit(hive).count(step) for step in steps] == [1, 1, 1 + others]
 
 
-def harnesses(hive: Hive, name: str) -> list[int]:
-    """A child of one is still its copy for a moment, before it becomes another program."""
-    parents = {}
-    for process in processes_of(hive.run / "agents" / name):
-        with suppress(psutil.NoSuchProcess):
-            if process.cmdline()[1:] == [str(ROOT / "harness.py"), "run"]:
-                parents[process.pid] = process.ppid()
-    return [pid for pid, parent in parents.items() if parent not in parents]
+def harnesses(hive: Hive, name: str) -> list[psutil.Process]:
+    argv = [str(ROOT / "harness.py"), "run"]
+    return originals(hive.run / "agents" / name, lambda process: process.cmdline()[1:] == argv)

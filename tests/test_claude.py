@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import CLAUDE
-from fakes.harness import HARNESS, Harness
+from fakes.harness import GO, HARNESS, Harness
 from fakes.host import Host
 from fakes.messages_api import Api
 from hive import Hive, processes_of, wait_for
@@ -63,9 +63,6 @@ def transcript_of(harness: Harness) -> str:
 
 def shell(command: str) -> dict[str, Any]:
     return {"tools": [{"name": "Bash", "input": {"command": command, "description": "A command"}}]}
-
-
-GO = "until test -e go; do sleep 0.1; done"
 
 
 def test_a_turn_with_a_tool_of_ours(harness: Harness, api: Api) -> None:

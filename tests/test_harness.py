@@ -20,7 +20,7 @@ from pathlib import Path
 import mcp
 import psutil
 import pytest
-from fakes.harness import HARNESS, TOKEN, Harness, rehearse
+from fakes.harness import GO, HARNESS, TOKEN, Harness, rehearse
 from hive import is_alive, processes_of, wait_for
 
 from harness import REMEDIES, Failure, Wait
@@ -56,9 +56,6 @@ def test_cost_is_the_difference_of_the_total_and_begins_anew_with_a_process(harn
     harness.turn({"cost": 0.125})
     harness.host.wait(lambda: len(harness.host.usages) == 3, "three usages")
     assert [usage["cost_usd"] for usage in harness.host.usages.values()] == [0.5, 0.5, 0.125]
-
-
-GO = "until test -e go; do sleep 0.1; done"
 
 
 def test_mail_that_arrives_in_a_turn_is_read_in_that_turn(harness: Harness) -> None:

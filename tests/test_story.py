@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import psutil
 import pytest
 from conftest import CLAUDE
 from fakes.messages_api import Api
-from hive import HYPERHIVE, Hive, is_alive, processes_of, wait_for
+from hive import HYPERHIVE, Hive, is_alive, originals, processes_of, wait_for
 
 ALICES_QUESTION = "What shall my first report be about?"
 
@@ -187,15 +187,12 @@ def real_hive(folder: Path) -> Iterator[tuple[Hive, Api]]:
 def claude_of(hive: Hive, name: str) -> psutil.Process:
     """The agent's Claude, and its session."""
 
+    def is_one(process: psutil.Process) -> bool:
+        return process.environ().get("HYPERHIVE_NAME") == name and bool(session_of(process))
+
     def look() -> psutil.Process | None:
-        parents = {}
-        for process in processes_of(hive.folder):
-            with suppress(psutil.NoSuchProcess):
-                if process.environ().get("HYPERHIVE_NAME") == name and session_of(process):
-                    parents[process] = process.ppid()
-        # A child of one is still its copy for a moment, before it becomes another program.
-        alone = [process for process, parent in parents.items() if parent not in {other.pid for other in parents}]
-        return alone[0] if len(alone) == 1 else None
+        found = originals(hive.folder, is_one)
+        return found[0] if len(found) == 1 else None
 
     found: psutil.Process = wait_for(look, "its Claude")
     return found

@@ -17,6 +17,7 @@ from hive import ROOT, free_ports
 
 HARNESS = [sys.executable, str(ROOT / "harness.py")]
 TOKEN = "the-page-token"
+GO = "until test -e go; do sleep 0.1; done"  # a tool that ends when this file is in the agent's folder
 
 
 def rehearse(*steps: Any) -> str:
