@@ -3452,6 +3452,11 @@ def rehearsal_folder(env: Mapping[str, str]) -> Path:
     return Path(env.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude")
 
 
+def rehearsed(model: str | None) -> str:
+    """What the stand-in calls itself where it plays a model."""
+    return f"rehearsal ({model})" if model else "rehearsal"
+
+
 class Rehearsal:
     """One process of the stand-in: this thread plays, another one listens to stdin."""
 
@@ -3469,7 +3474,7 @@ class Rehearsal:
         self._answers: queue.SimpleQueue[Json] = queue.SimpleQueue()
         self._interrupt = threading.Event()
         self._writing = threading.Lock()
-        self._model = "rehearsal"
+        self._model = rehearsed(options.model)
         self._cost = 0.0
         self._tokens = 0
 
@@ -3529,7 +3534,7 @@ class Rehearsal:
             case "interrupt":
                 self._interrupt.set()
             case "set_model":
-                self._model = f"rehearsal ({request['model']})"
+                self._model = rehearsed(request["model"])
                 said = f"<local-command-stdout>Set model to {request['model']}</local-command-stdout>"
                 self._replay({"type": "user", "message": {"role": "user", "content": said}, "uuid": str(uuid.uuid4())})
             case "end_session":
@@ -3766,6 +3771,7 @@ def rehearse(arguments: list[str]) -> int:
     parser.add_argument("-p", action="store_true", dest="is_stream")
     parser.add_argument("--resume")
     parser.add_argument("--session-id")
+    parser.add_argument("--model")
     parser.add_argument("--include-partial-messages", action="store_true")
     options, _ = parser.parse_known_args(arguments)
     if not options.is_stream:

@@ -143,6 +143,8 @@ def test_a_model_chosen_at_the_page_survives_a_restart(folder: Path) -> None:
         wait_for(lambda: row(hive).get("active_model") == "rehearsal (other-1)", "the model")
         hive.ask(cmd="restart", name="alice")
         turn(hive, {"text": "three"})
+        # The host may still tell what it heard before, the new harness can't.
+        assert at_page(hive, "GET", "/api/state").body["agent"]["active_model"] == "rehearsal (other-1)"
         wait_for(lambda: row(hive).get("active_model") == "rehearsal (other-1)", "the model after a restart")
         assert audited(hive, "set_model") == [("alice (page)", "alice")]
 
